@@ -44,8 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
     dev = commands.add_parser(
         "dev",
         help="run the daemon in front of an embedded stand-in for a cluster",
-        description="Run the same daemon in front of a small API server on loopback, whose workspace is a directory and "
-        "whose commands are processes of this machine. This is no sandbox: commands can do whatever you can.",
+        description="Run the same daemon in front of a small API server on loopback, whose workspace is a directory "
+        "and whose commands are processes of this machine. This is no sandbox: commands can do whatever you can.",
     )
     dev.add_argument("--dir", type=Path, help="the workspace's directory (default: a new temporary one)")
     dev.add_argument("--workspace", type=Path, metavar="FILE", help="pod manifest (YAML or JSON) of the workspace")

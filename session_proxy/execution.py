@@ -60,6 +60,7 @@ class Execution:
         self.target: Target | None = None
         self.verdict: Verdict | None = None
         self.reaped: bool | None = None
+        self.reap_failure: str | None = None
         self.stdout_bytes = 0
         self.stderr_bytes = 0
         self.stages: dict[str, float] = {}

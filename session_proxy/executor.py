@@ -362,6 +362,7 @@ class _Run:
             return await reaper.reap(self._executor.grace_seconds())
         finally:
             await _cancel(hanging_up)
+            self._execution.reap_failure = reaper.failure
             self._execution.stage("reap")
 
     # --- the parts that run beside each other ---------------------------------------------------------------------

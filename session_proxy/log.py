@@ -67,6 +67,7 @@ class AuditLog:
             exit_code=verdict.exit_code,
             reason=verdict.reason,
             reaped=execution.reaped,
+            reap_failure=execution.reap_failure,
             stdout_bytes=execution.stdout_bytes,
             stderr_bytes=execution.stderr_bytes,
             duration_ms=round(execution.duration_seconds * 1000),

@@ -7,10 +7,9 @@ the end of its standard input. What this adds is every descendant that left the 
 import asyncio
 import secrets
 import time
-from contextlib import suppress
 
 from session_proxy import remotecommand, wrapper
-from session_proxy.errors import ExecStartError, RefusedError, RemoteCommandProtocolError
+from session_proxy.errors import RemoteCommandProtocolError, SessionProxyError
 from session_proxy.stream import Cluster, ExecStream
 from session_proxy.workspace import Target, Workspace
 
@@ -38,6 +37,8 @@ class Reaper:
         self._target = target
         self._exec_id = exec_id
         self._ready = ready
+        self.failure: str | None = None
+        """Why it could not be verified."""
         self._nonce = secrets.token_hex(8)
         self._buffer = b""
 
@@ -47,7 +48,7 @@ class Reaper:
         The grace period counts from this call. Takes at most ``grace_seconds`` + VERIFY_SECONDS.
         """
         grace_ends = time.monotonic() + grace_seconds
-        with suppress(TimeoutError, RefusedError, ExecStartError, RemoteCommandProtocolError):
+        try:
             async with asyncio.timeout(grace_seconds + VERIFY_SECONDS):
                 argv = wrapper.reaper_argv(self._exec_id, self._nonce, self._ready)
                 async with self._cluster.open_exec(self._target, argv, stdin=True) as stream:
@@ -55,6 +56,10 @@ class Reaper:
                     # The name may be another pod's by now, and nothing is killed there.
                     await self._workspace.confirm_identity(self._target)
                     return await self._kill(stream, grace_ends)
+        except TimeoutError:
+            self.failure = "processes were left when the time was over"
+        except SessionProxyError as error:
+            self.failure = f"{type(error).__name__}: {error}"
         return False
 
     async def _kill(self, stream: ExecStream, grace_ends: float) -> bool:
@@ -63,12 +68,15 @@ class Reaper:
             await asyncio.sleep(POLL_SECONDS)
             census = await self._scan(stream, "LOOK")
         clean = 0
+        signal = "KILL"
         while clean < CLEAN_LOOKS:
-            census = await self._scan(stream, "KILL")
+            census = await self._scan(stream, signal)
+            signal = "END"
             clean = clean + 1 if census.nothing_left else 0
             if census.command or census.wrapper:
                 await asyncio.sleep(POLL_SECONDS / 2)
             elif census.unreadable:
+                self.failure = f"{census.unreadable} processes cannot be read"
                 return False
         return True
 

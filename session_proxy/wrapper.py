@@ -68,6 +68,9 @@ SHELL_OWNED_VARIABLES = frozenset(
 
 _PROCESS_TITLE = "session-proxy-exec:"
 
+# Both programs keep the exec's standard error open as descriptor 4: once either output ends, containerd closes the
+# exec's standard input.
+
 # $0 title:id, $1 nonce, $2 grace in whole seconds. Variables start with _p so as not to change the command's own.
 _WRAPPER_SOURCE = r"""
 _pn=$1 _pg=$2 _pk= _ps=0
@@ -109,6 +112,7 @@ esac
 shift
 watch() {
   trap '' TERM
+  SESSION_PROXY_EXEC_ID=watch$SESSION_PROXY_EXEC_ID
   IFS= read -r _pl <&3
   kill -s TERM -- "-$$"
   if command -v sleep >/dev/null; then sleep "$_pg"; else
@@ -143,16 +147,19 @@ run() {
 }
 watch >/dev/null 4>&- &
 _pw=$!
-if [ "$_pi" = - ]; then (run "$@"); else (printf %b "$_pd" 3<&- 4>&- &) | (run "$@"); fi
+if [ "$_pi" = - ]; then (run "$@"); else printf %b "$_pd" 3<&- 4>&- | (run "$@"); fi
 _pc=$?
 [ -n "$_pk" ] || kill -s KILL "$_pw"
+wait "$_pw"
 exit "$_pc"
 """
 
 # $0 nonce, $1 exec id, $2 the wrapper's pid, $3 its start time in clock ticks. One line in, one scan, one line out:
-# "<nonce> <processes of the command> <the wrapper's own> <that cannot be read>".
+# "<nonce> <processes of the command> <the wrapper's own> <that cannot be read>". TERM leaves the wrapper's own group
+# out (the wrapper signals it), KILL leaves out the wrapper's first process (it reaps its child and ends by itself, where
+# PID 1 of a container often reaps nobody), END leaves out nothing, LOOK signals nothing.
 _REAPER_SOURCE = r"""
-exec 2>/dev/null
+exec 4>&2 2>/dev/null
 has() {
   while IFS= read -r l || [ -n "$l" ]; do case $l in *"$1"*) return 0 ;; esac; done
   return 1
@@ -160,9 +167,12 @@ has() {
 look() {
   set -- $t
   [ "$1" != Z ] && [ "$1" != X ] && [ "${20}" -ge "$begin" ] || return
-  if has "session-proxy-exec:$id" <"$d/cmdline"; then
+  if has "session-proxy-exec:$id" <"$d/cmdline" || has "SESSION_PROXY_EXEC_ID=watch$id" <"$d/environ"; then
     own=$((own+1))
-    [ "$signal" != KILL ] || kill -s KILL "$p"
+    case $signal in
+    KILL) [ "$p" = "$leader" ] || kill -s KILL "$p" ;;
+    END) kill -s KILL "$p" ;;
+    esac
     return
   fi
   if has "SESSION_PROXY_EXEC_ID=$id" <"$d/environ"; then :
@@ -173,7 +183,7 @@ look() {
   fi
   cmd=$((cmd+1))
   case $signal in
-  KILL) kill -s KILL "$p" ;;
+  KILL | END) kill -s KILL "$p" ;;
   TERM) [ "$3" = "$leader" ] || kill -s TERM "$p" ;;
   esac
 }
