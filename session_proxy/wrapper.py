@@ -156,7 +156,7 @@ exit "$_pc"
 
 # $0 nonce, $1 exec id, $2 the wrapper's pid, $3 its start time in clock ticks. One line in, one scan, one line out:
 # "<nonce> <processes of the command> <the wrapper's own> <that cannot be read>". TERM leaves the wrapper's own group
-# out (the wrapper signals it), KILL leaves out the wrapper's first process (it reaps its child and ends by itself, where
+# out (the wrapper signals it), KILL leaves out the wrapper's first process (it reaps its child and then ends by itself;
 # PID 1 of a container often reaps nobody), END leaves out nothing, LOOK signals nothing.
 _REAPER_SOURCE = r"""
 exec 4>&2 2>/dev/null
