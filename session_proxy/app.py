@@ -109,6 +109,7 @@ SETTINGS = web.AppKey("settings", AppSettings)
 METRICS: web.AppKey[AppMetrics] = web.AppKey("metrics")
 METRICS_TYPE: web.AppKey[str] = web.AppKey("metrics_type")
 LOGGER: web.AppKey[Any] = web.AppKey("logger")
+REQUEST_ID = web.RequestKey("request_id", str)
 DEADLINES: web.AppKey["ConnectionDeadlines"] = web.AppKey("deadlines")
 
 
@@ -206,7 +207,7 @@ async def _envelope(request: web.Request, handler: Handler) -> web.StreamRespons
     """Give each request an id, and each error its problem document."""
     request.app[DEADLINES].arrived(request.protocol)
     given = request.headers.get("X-Request-Id", "")
-    request_id = request["id"] = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+    request_id = request[REQUEST_ID] = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
     try:
         response = await handler(request)
     except RefusedError as error:
@@ -235,9 +236,9 @@ async def _envelope(request: web.Request, handler: Handler) -> web.StreamRespons
 def _refused(request: web.Request, error: RefusedError) -> web.Response:
     request.app[METRICS].refused(error.reason)
     request.app[LOGGER].info(
-        "refused", request_id=request["id"], method=request.method, path=request.path[:100], reason=error.reason
+        "refused", request_id=request[REQUEST_ID], method=request.method, path=request.path[:100], reason=error.reason
     )
-    response = problem(error, request["id"])
+    response = problem(error, request[REQUEST_ID])
     if not request.content.is_eof():
         response.force_close()  # what was not read of the body must not be taken for the next request
     return response
@@ -351,13 +352,13 @@ async def _exec(request: web.Request) -> web.StreamResponse:
     settings = request.app[SETTINGS]
     encoder = wire.encoder_for(request.headers.get("Accept"))
     body = await _read_body(request, settings.max_request_bytes)
-    execution = await request.app[EXECUTOR].submit(wire.parse_request(body, settings.bounds), request["id"])
+    execution = await request.app[EXECUTOR].submit(wire.parse_request(body, settings.bounds), request[REQUEST_ID])
     try:
         start = await asyncio.shield(execution.ready)
         headers = {
             "Content-Type": encoder.content_type,
             "X-Exec-Id": execution.id,
-            "X-Request-Id": request["id"],
+            "X-Request-Id": request[REQUEST_ID],
             "Cache-Control": "no-store",
             "X-Content-Type-Options": "nosniff",
         }

@@ -14,7 +14,7 @@ import ssl
 import sys
 import time
 import types
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -213,7 +213,7 @@ class KubeClient:
         """Return one pod as it is now. Raises KubeNotFoundError."""
         return await self._json("GET", self._pods(name), {}, verb="get", resource="pods")
 
-    async def watch_pod(self, name: str) -> AsyncIterator[Pod | None]:
+    async def watch_pod(self, name: str) -> AsyncGenerator[Pod | None, None]:
         """Yield the pod as it is now and at each change, None when it is gone, until the connection ends."""
         try:
             pod = await self.read_pod(name)

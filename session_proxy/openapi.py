@@ -30,7 +30,7 @@ def _exec_request(bounds: RequestBounds) -> Json:
             "type": "array",
             "minItems": 1,
             "items": {"type": "string", "pattern": _NO_NUL},
-            "prefixItems": [{"type": "string", "minLength": 1}],
+            "prefixItems": [{"type": "string", "minLength": 1, "pattern": _NO_NUL}],
             "description": "argv, passed as it is; no shell expands it. One argument has at most 131071 bytes.",
         },
         "stdin": {"type": "string", "pattern": _NO_NUL, "description": "standard input, then end of file"},

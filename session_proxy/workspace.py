@@ -1,7 +1,8 @@
 """The workspace pod of this session: find it, check it, recognise it again, and notice when it goes away."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+import contextlib
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
@@ -39,7 +40,7 @@ class PodReader(Protocol):
     async def read_pod(self, name: str) -> Pod:
         """Return one pod as it is now. Raises KubeNotFoundError."""
 
-    def watch_pod(self, name: str) -> AsyncIterator[Pod | None]:
+    def watch_pod(self, name: str) -> AsyncGenerator[Pod | None, None]:
         """Yield the pod as it is now and at each change, None when it is gone, until the connection ends."""
 
 
@@ -316,10 +317,11 @@ class _PodWatch:
         failures = 0
         while True:
             try:
-                async for pod in self._pods.watch_pod(name):
-                    failures = 0
-                    for loss in tuple(self._losses.get(name, ())):
-                        loss.see(pod)
+                async with contextlib.aclosing(self._pods.watch_pod(name)) as pods:
+                    async for pod in pods:
+                        failures = 0
+                        for loss in tuple(self._losses.get(name, ())):
+                            loss.see(pod)
             except KubeForbiddenError:
                 await asyncio.sleep(WATCH_DENIED_SECONDS)
             except KubeError:

@@ -44,17 +44,25 @@ SHELL_OWNED_VARIABLES = frozenset(
         "BASH_ARGC",
         "BASH_ARGV",
         "BASH_CMDS",
+        "BASH_COMMAND",
         "BASH_ALIASES",
         "BASH_LINENO",
+        "BASH_MONOSECONDS",
         "BASH_SOURCE",
+        "BASH_SUBSHELL",
+        "BASH_TRAPSIG",
         "BASH_VERSINFO",
         "DIRSTACK",
+        "EPOCHREALTIME",
+        "EPOCHSECONDS",
         "EUID",
         "FUNCNAME",
         "GROUPS",
+        "HISTCMD",
         "IFS",
         "LINENO",
         "OPTIND",
+        "PIPESTATUS",
         "PPID",
         "RANDOM",
         "SECONDS",
@@ -65,6 +73,9 @@ SHELL_OWNED_VARIABLES = frozenset(
     }
 )
 """Names that some shell will not let anyone assign freely; these are set by env(1) instead."""
+
+_OWN_VARIABLE = re.compile(r"_p[a-z0-9]+", re.ASCII)
+"""The program's own variables: to export a namesake would change the program, so these too are set by env(1)."""
 
 _PROCESS_TITLE = "session-proxy-exec:"
 
@@ -237,6 +248,10 @@ def _entry(text: str) -> bytes:
     return b"%" + escape_bytes(data) if b"\n" in data else b"=" + data
 
 
+def _is_owned(name: str) -> bool:
+    return name in SHELL_OWNED_VARIABLES or _OWN_VARIABLE.fullmatch(name) is not None
+
+
 def go_payload(
     nonce: str,
     argv: Sequence[str],
@@ -250,7 +265,7 @@ def go_payload(
     No string may hold NUL (the request parser sees to that).
     """
     environment = dict(env or {})
-    owned = {name: environment.pop(name) for name in list(environment) if name in SHELL_OWNED_VARIABLES}
+    owned = {name: environment.pop(name) for name in list(environment) if _is_owned(name)}
     command = ["env", *(f"{name}={value}" for name, value in owned.items()), *argv] if owned else list(argv)
     entries = [cwd or "", *(f"{name}={value}" for name, value in environment.items()), "--", *command]
     lines = [f"{nonce} go".encode(), str(len(entries)).encode(), *map(_entry, entries)]
@@ -262,6 +277,9 @@ def go_payload(
         lines += [f"stdin {len(body) + 1}".encode(), body]
     return b"\n".join(lines) + b"\n"
 
+
+_COUNT = re.compile(rb"[0-9]{1,19}")
+"""A number as the programs print it. It comes from a container that nobody vouches for, so it has a length."""
 
 HANG_UP = b"\n"
 """A line after the payload: the same to the program as the end of standard input, which v4 cannot signal."""
@@ -317,7 +335,7 @@ class Handshake:
         words = self._buffer[start:end].split()
         self._buffer = self._buffer[end + 1 :]
         match words[1:]:
-            case [b"ready", pid, start_time] if pid.isdigit() and start_time.isdigit():
+            case [b"ready", pid, start_time] if _COUNT.fullmatch(pid) and _COUNT.fullmatch(start_time):
                 return Ready(int(pid), int(start_time))
             case [b"started"]:
                 output, self._buffer = self._buffer, b""
@@ -345,9 +363,9 @@ class Census:
 
 def parse_census(nonce: str, line: bytes) -> Census | None:
     """Parse a line of the reaper; None for its greeting. Raises RemoteCommandProtocolError for anything else."""
-    match line.decode(errors="replace").split():
-        case [mark, "ready"] if mark == nonce:
+    match line.split():
+        case [mark, b"ready"] if mark == nonce.encode():
             return None
-        case [mark, command, own, unread] if mark == nonce and (command + own + unread).isdecimal():
-            return Census(int(command), int(own), int(unread))
+        case [mark, *counts] if mark == nonce.encode() and len(counts) == 3 and all(map(_COUNT.fullmatch, counts)):  # noqa: PLR2004
+            return Census(*map(int, counts))
     raise RemoteCommandProtocolError("the container's /proc cannot be read, so nothing can be verified")
