@@ -122,7 +122,6 @@ GOOD: list[tuple[str, str, Any]] = [
 def test_a_good_value_is_taken(variable: str, text: str, value: Any) -> None:
     config = parse_config(MINIMUM | {variable: text})
     assert getattr(config, variable.lower()) == value
-    assert type(getattr(config, variable.lower())) is type(value) or isinstance(value, int)
 
 
 def test_user_ids_are_a_list_and_need_the_socket() -> None:
@@ -308,11 +307,14 @@ _values = st.dictionaries(
 @settings(max_examples=300)
 @given(_values)
 def test_arbitrary_values_raise_nothing_but_a_config_error(values: dict[str, str]) -> None:
+    found: tuple[str, ...] = ()
     try:
         config = parse_config(values)
     except ConfigError as error:
-        assert error.problems
-        assert all(problem.split()[0] in {setting.variable for setting in SETTINGS} for problem in error.problems)
+        found = error.problems
     else:
         assert config.listen_addr[0].startswith(("127.", "::1"))
         assert 0 < config.exec_timeout_seconds <= config.exec_timeout_max_seconds
+        return
+    assert found
+    assert {problem.split()[0] for problem in found} <= {setting.variable for setting in SETTINGS}

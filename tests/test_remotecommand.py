@@ -197,14 +197,18 @@ def test_stdin_in_messages_is_the_same_stdin(frames: int, offset: int, pattern: 
     [
         (
             "command_not_found",
-            "Internal error occurred: error executing command in container: failed to exec in container: failed to "
-            'start exec "0a1b": OCI runtime exec failed: exec failed: unable to start container process: exec: '
-            '"nosuch": executable file not found in $PATH: unknown',
+            (
+                "Internal error occurred: error executing command in container: failed to exec in container: failed to "
+                'start exec "0a1b": OCI runtime exec failed: exec failed: unable to start container process: exec: '
+                '"nosuch": executable file not found in $PATH: unknown'
+            ),
         ),
         (
             "command_not_found",
-            "OCI runtime exec failed: exec failed: unable to start container process: exec: "
-            '"/bin/nosuch": stat /bin/nosuch: no such file or directory: unknown',
+            (
+                "OCI runtime exec failed: exec failed: unable to start container process: exec: "
+                '"/bin/nosuch": stat /bin/nosuch: no such file or directory: unknown'
+            ),
         ),
         ("container_not_found", 'container not found ("workspace")'),
         ("container_not_found", 'unable to upgrade connection: container not found ("workspace")'),
@@ -212,13 +216,17 @@ def test_stdin_in_messages_is_the_same_stdin(frames: int, offset: int, pattern: 
         ("container_not_found", "container workspace is not valid for pod demo"),
         (
             "cwd_not_found",
-            "OCI runtime exec failed: exec failed: unable to start container process: chdir to cwd "
-            '("/nosuch") set in config.json failed: no such file or directory: unknown',
+            (
+                "OCI runtime exec failed: exec failed: unable to start container process: chdir to cwd "
+                '("/nosuch") set in config.json failed: no such file or directory: unknown'
+            ),
         ),
         (
             "start_failed",
-            "OCI runtime exec failed: exec failed: unable to start container process: exec: "
-            '"/etc/passwd": permission denied: unknown',
+            (
+                "OCI runtime exec failed: exec failed: unable to start container process: exec: "
+                '"/etc/passwd": permission denied: unknown'
+            ),
         ),
         ("start_failed", "the API server gives no message"),
         ("start_failed", "stat /var/lib: no such file or directory"),
