@@ -37,6 +37,9 @@ LAST_WORDS_SHARE = 0.15
 KEEPALIVE_SECONDS = 75.0
 """For an idle connection between requests."""
 
+LINGERING_SECONDS = 1.0
+"""For the rest of a body whose request was answered early."""
+
 BACKLOG = 128
 """Connections the kernel holds for us while we are busy."""
 
@@ -178,6 +181,7 @@ async def running(config: Config, environ: Mapping[str, str], logger: Any) -> As
         handler_cancellation=True,
         access_log=None,
         keepalive_timeout=KEEPALIVE_SECONDS,
+        lingering_time=LINGERING_SECONDS,
         shutdown_timeout=last_words / 2,  # aiohttp may take it twice
     )
     try:

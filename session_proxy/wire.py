@@ -113,9 +113,9 @@ def parse_request(body: bytes, bounds: RequestBounds) -> ExecRequest:
     """
     members = _decode(body)
     if not isinstance(members, dict):
-        raise InvalidRequestError(
-            f'the body must be a JSON object such as {{"command": ["ls"]}}, not {_shown(members)}'
-        )
+        # Not shown: it may hold a whole request, and with it secrets.
+        kind = "an array" if isinstance(members, list) else "a single value"
+        raise InvalidRequestError(f'the body must be a JSON object such as {{"command": ["ls"]}}, not {kind}')
     for name in members:
         if name not in _MEMBERS:
             raise _wrong(

@@ -178,7 +178,9 @@ async def start(tmp_path: Path) -> AsyncIterator[StartDaemon]:
                 logs.append(dict(event) | {"level": method})
                 raise structlog.DropEvent
 
-            logger = structlog.wrap_logger(None, processors=[capture])
+            logger = structlog.wrap_logger(
+                None, processors=[capture], wrapper_class=structlog.make_filtering_bound_logger(0)
+            )
             daemon = await stack.enter_async_context(
                 server.running(parse_config(DEFAULTS | settings), {"KUBECONFIG": str(path)}, logger)
             )

@@ -36,8 +36,6 @@ time.sleep(60)
 """A command whose grandchild called setsid, lost its parent, and ignores TERM."""
 
 
-
-
 @pytest.fixture
 async def killing(any_cluster: DevCluster, start: StartDaemon) -> tuple[Daemon, str]:
     add_workspace(any_cluster)
@@ -246,7 +244,9 @@ async def test_sigterm_ends_with_shutdown_and_exit_status_zero(cluster: DevClust
         assert await gone(mark, 0.1)
 
 
-async def test_a_sigkilled_sidecar_leaves_no_process_of_the_commands_group(any_cluster: DevCluster, tmp_path: Path) -> None:
+async def test_a_sigkilled_sidecar_leaves_no_process_of_the_commands_group(
+    any_cluster: DevCluster, tmp_path: Path
+) -> None:
     add_workspace(any_cluster)
     mark = secrets.token_hex(8)
     script = 'trap "" TERM; sleep 60 & sleep 61 & echo ready; wait'

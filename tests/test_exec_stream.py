@@ -232,7 +232,9 @@ async def test_without_a_wrapper_the_command_runs_bare(cluster: DevCluster, star
     assert (problem["status"], problem["member"]) == (400, "cwd")
 
 
-async def test_without_a_wrapper_stdin_needs_an_api_server_that_can_end_it(cluster: DevCluster, start: StartDaemon) -> None:
+async def test_without_a_wrapper_stdin_needs_an_api_server_that_can_end_it(
+    cluster: DevCluster, start: StartDaemon
+) -> None:
     cluster.subprotocols = ("v4.channel.k8s.io",)
     add_workspace(cluster)
     daemon = await start(cluster, WRAPPER="none")
