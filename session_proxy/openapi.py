@@ -34,7 +34,12 @@ def _exec_request(bounds: RequestBounds) -> Json:
             "description": "argv, passed as it is; no shell expands it. One argument has at most 131071 bytes.",
         },
         "stdin": {"type": "string", "pattern": _NO_NUL, "description": "standard input, then end of file"},
-        "stdinBase64": {"type": "string", "contentEncoding": "base64", "description": "the same, for any bytes"},
+        "stdinBase64": {
+            "type": "string",
+            "contentEncoding": "base64",
+            "pattern": "^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$",
+            "description": "the same, for any bytes",
+        },
         "timeoutSeconds": {**seconds, "default": bounds.default_timeout_seconds},
         "idleTimeoutSeconds": {**seconds, "description": "ends the command when it prints nothing for so long"},
         "maxOutputBytes": {"type": "integer", "minimum": 1, "description": "stdout and stderr together"},
@@ -244,7 +249,8 @@ def document(bounds: RequestBounds, max_request_bytes: int, reasons: Mapping[str
                     {
                         "name": "X-Request-Id",
                         "in": "header",
-                        "schema": {"type": "string", "pattern": "^[A-Za-z0-9._:/+=-]{1,128}$"},
+                        "description": "Taken over when it matches [A-Za-z0-9._:/+=-]{1,128}, else one is made.",
+                        "schema": {"type": "string"},
                     }
                 ],
                 "requestBody": {
