@@ -27,6 +27,9 @@ RETRY_SECONDS = 2.0
 WATCH_BACKOFF_SECONDS = (0.1, 0.5, 1.0, 2.0)
 """Waits between attempts to watch; the last repeats for as long as execs run."""
 
+WATCH_LINGER_SECONDS = 30.0
+"""How long a watch is kept after the last exec."""
+
 WATCH_DENIED_SECONDS = 30.0
 """The wait before trying again when RBAC denies the watch."""
 
@@ -283,17 +286,23 @@ class Loss:
 
 
 class _PodWatch:
-    """One watch for each pod that execs run in (one, but for replacements), for as long as they run."""
+    """One watch for each pod that execs run in (one, but for replacements).
+
+    It outlives the last exec by WATCH_LINGER_SECONDS, so that a row of short commands costs one watch, not one each.
+    """
 
     def __init__(self, pods: PodReader) -> None:
         self._pods = pods
         self._losses: dict[str, set[Loss]] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._lingering: dict[str, asyncio.TimerHandle] = {}
         self._ending: set[asyncio.Task[None]] = set()
 
     def add(self, loss: Loss) -> None:
         name = loss.target.pod
         self._losses.setdefault(name, set()).add(loss)
+        if name in self._lingering:
+            self._lingering.pop(name).cancel()
         if name not in self._tasks:
             self._tasks[name] = asyncio.create_task(self._run(name), name=f"watch pod {name}")
 
@@ -301,17 +310,23 @@ class _PodWatch:
         name = loss.target.pod
         self._losses[name].discard(loss)
         if not self._losses[name]:
-            del self._losses[name]
-            task = self._tasks.pop(name)
-            task.cancel()
-            self._ending.add(task)
-            task.add_done_callback(self._ending.discard)
+            loop = asyncio.get_running_loop()
+            self._lingering[name] = loop.call_later(WATCH_LINGER_SECONDS, self._stop, name)
 
     async def close(self) -> None:
-        tasks = [*self._tasks.values(), *self._ending]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        for timer in self._lingering.values():
+            timer.cancel()
+        for name in tuple(self._tasks):
+            self._stop(name)
+        await asyncio.gather(*self._ending, return_exceptions=True)
+
+    def _stop(self, name: str) -> None:
+        self._lingering.pop(name, None)
+        self._losses.pop(name, None)
+        task = self._tasks.pop(name)
+        task.cancel()
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
 
     async def _run(self, name: str) -> None:
         failures = 0
@@ -320,10 +335,24 @@ class _PodWatch:
                 async with contextlib.aclosing(self._pods.watch_pod(name)) as pods:
                     async for pod in pods:
                         failures = 0
-                        for loss in tuple(self._losses.get(name, ())):
-                            loss.see(pod)
+                        await self._see(name, pod)
             except KubeForbiddenError:
                 await asyncio.sleep(WATCH_DENIED_SECONDS)
             except KubeError:
                 failures += 1
             await asyncio.sleep(WATCH_BACKOFF_SECONDS[min(failures, len(WATCH_BACKOFF_SECONDS) - 1)])
+
+    async def _see(self, name: str, pod: Pod | None) -> None:
+        """Tell those whose target is lost.
+
+        A watch may lag behind what they were started on, so it only raises the suspicion; a fresh read decides.
+        """
+        suspicious = [loss for loss in self._losses.get(name, ()) if lost_reason(loss.target, pod) is not None]
+        if not suspicious:
+            return
+        try:
+            now: Pod | None = await self._pods.read_pod(name)
+        except KubeNotFoundError:
+            now = None
+        for loss in suspicious:
+            loss.see(now)

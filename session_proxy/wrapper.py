@@ -119,7 +119,7 @@ stdin*)
   if [ "$_pc" -gt 4096 ] && command -v head >/dev/null; then _pd=$(head -c "$_pc" <&3); else line; _pd=$_pl; fi
   case $_pd in *"$_pn") _pd=${_pd%"$_pn"} ;; *) exit 125 ;; esac ;;
 esac
-[ -z "$1" ] || cd -- "$1" || say cwd_not_found
+[ -z "$1" ] || cd -P -- "$1" || say cwd_not_found
 shift
 watch() {
   trap '' TERM
@@ -153,7 +153,8 @@ run() {
   [ -n "$_pa" ] && [ -e "$_pa" ] || say command_not_found
   [ -f "$_pa" ] && [ -x "$_pa" ] || say not_executable
   echo "$_pn started"
-  case $1 in -*) shift; set -- "$_pa" "$@" ;; esac
+  case $1 in -*) _pb=1 ;; *) _pb= ;; esac
+  if [ -n "$_pb" ] || PATH=/dev/null command -v cat >/dev/null 2>&1; then shift; set -- "$_pa" "$@"; fi
   exec "$@"
 }
 watch >/dev/null 4>&- &

@@ -277,9 +277,7 @@ async def stalled(url: str, pid: int, table: Table) -> None:
         peak = max(peak, rss_mib(pid))
     for reader in readers:
         reader.close()
-    table.add(
-        f"memory, {STALLED} stalled readers", f"{peak:.0f} MiB", f"<= {STALLED_MIB} MiB", met=peak <= STALLED_MIB
-    )
+    table.add(f"memory, {STALLED} stalled readers", f"{peak:.0f} MiB", f"<= {STALLED_MIB} MiB", met=peak <= STALLED_MIB)
     began = time.perf_counter()
     async with aiohttp.ClientSession() as http:
         while True:
@@ -334,9 +332,7 @@ async def on_cluster(table: Table, kubeconfig: Path) -> None:
     manifest["spec"]["nodeName"] = os.environ.get("BENCH_NODE", "node1")
     kubectl("create", "namespace", namespace)
     try:
-        owner = json.loads(
-            kubectl("create", "configmap", "owner", "-n", namespace, "-o", "json")
-        )["metadata"]["uid"]
+        owner = json.loads(kubectl("create", "configmap", "owner", "-n", namespace, "-o", "json"))["metadata"]["uid"]
         manifest["metadata"]["ownerReferences"] = [
             {"apiVersion": "v1", "kind": "ConfigMap", "name": "owner", "uid": owner, "controller": True}
         ]

@@ -27,16 +27,25 @@ family() { # ADDRESS
 	*[!0-9A-Fa-f:.]* | '') return 1 ;;
 	*:*:*) echo ip6 ;;
 	*[!0-9.]* | *:*) return 1 ;;
-	*.*.*.*) echo ip ;;
+	*.*.*.*.* | *..* | .* | *.) return 1 ;;
+	*.*.*.*) ;;
 	*) return 1 ;;
 	esac
+	rest=$1.
+	while [ -n "$rest" ]; do
+		is_number "${rest%%.*}" 0 255 || return 1
+		rest=${rest#*.}
+	done
+	echo ip
 }
 
 endpoints=${API_ENDPOINTS:-}
 if [ -z "$endpoints" ]; then
 	host=${KUBERNETES_SERVICE_HOST:-}
 	port=${KUBERNETES_SERVICE_PORT:-}
-	[ -n "$host" ] && [ -n "$port" ] || fail "neither API_ENDPOINTS nor KUBERNETES_SERVICE_HOST and _PORT are set"
+	if [ -z "$host" ] || [ -z "$port" ]; then
+		fail "neither API_ENDPOINTS nor KUBERNETES_SERVICE_HOST and _PORT are set"
+	fi
 	case $host in
 	*:*) endpoints="[$host]:$port" ;;
 	*) endpoints="$host:$port" ;;
