@@ -419,7 +419,8 @@ class _Reader:
             await self._write(encoder.start(start))
             while True:
                 try:
-                    async with asyncio.timeout(self._settings.heartbeat_seconds):
+                    # A deadline costs; there is none while output waits to be taken.
+                    async with asyncio.timeout(None if output.readable else self._settings.heartbeat_seconds):
                         batch = await output.take()
                 except TimeoutError:
                     await self._write(encoder.ping())

@@ -1,4 +1,4 @@
-"""The command line: serve, dev, check, health."""
+"""The command line: serve, dev, check, health, session."""
 
 import argparse
 import http.client
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from session_proxy import __version__
+from session_proxy import __version__, session_spec
 from session_proxy.config import SETTINGS, Config, parse_config
 from session_proxy.errors import ConfigError
 from session_proxy.policy import Level, PolicySettings, validate_image_prefix
@@ -73,6 +73,14 @@ def build_parser() -> argparse.ArgumentParser:
     health.add_argument("--listen-addr", help="LISTEN_ADDR of the daemon")
     health.add_argument("--listen-socket", help="LISTEN_SOCKET of the daemon")
     health.add_argument("--listen-token-file", help="LISTEN_TOKEN_FILE of the daemon")
+
+    session = commands.add_parser(
+        "session",
+        help="create, show or remove a session on a cluster",
+        description="For the platform's side, with a kubeconfig of one's own: a runner pod with the sidecar, and the "
+        "workspace pod that it owns.",
+    )
+    session_spec.add_arguments(session)
     return parser
 
 
@@ -164,22 +172,27 @@ def _health(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
     if config is None:
         return EXIT_CONFIG
     path = "/readyz" if arguments.ready else "/livez"
+    if arguments.listen_socket or (config.listen_socket and not arguments.listen_addr):
+        connection: http.client.HTTPConnection = _UnixConnection(config.listen_socket or "")
+    else:
+        host, port = config.listen_addr
+        connection = http.client.HTTPConnection(host, port, timeout=HEALTH_SECONDS)
     try:
         headers = {}
         if config.listen_token_file:
-            headers["Authorization"] = "Bearer " + Path(config.listen_token_file).read_text(encoding="utf-8").strip()
-        if arguments.listen_socket or (config.listen_socket and not arguments.listen_addr):
-            connection: http.client.HTTPConnection = _UnixConnection(config.listen_socket or "")
-        else:
-            host, port = config.listen_addr
-            connection = http.client.HTTPConnection(host, port, timeout=HEALTH_SECONDS)
+            token = Path(config.listen_token_file).read_text(encoding="utf-8").strip()
+            headers["Authorization"] = f"Bearer {token}".encode()
         connection.request("GET", path, headers=headers)
         response = connection.getresponse()
         body = response.read(MAX_HEALTH_BYTES)
-        connection.close()
-    except (OSError, http.client.HTTPException, UnicodeDecodeError) as error:
+    except (OSError, http.client.HTTPException) as error:
         print(f"session-proxy: {path}: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
+    except ValueError:  # its text would quote the token
+        print(f"session-proxy: {path}: LISTEN_TOKEN_FILE holds nothing that a header can carry", file=sys.stderr)
+        return 1
+    finally:
+        connection.close()
     if response.status == http.HTTPStatus.OK:
         return 0
     print(f"session-proxy: {path}: HTTP {response.status}: {_reasons(body)}", file=sys.stderr)
@@ -191,7 +204,7 @@ def _reasons(body: bytes) -> str:
         answer = json.loads(body)
         reasons = answer.get("reasons") or [answer]
         return "; ".join(f"{reason.get('reason')}: {reason.get('detail')}" for reason in reasons)
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, TypeError):
         return body[:200].decode(errors="replace")
 
 
@@ -205,4 +218,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _dev(arguments, os.environ)
         case "check":
             return _check(arguments)
+        case "session":
+            from session_proxy import session  # noqa: PLC0415 (as above)
+
+            return session.run_session(vars(arguments), os.environ)
     return _health(arguments, os.environ)

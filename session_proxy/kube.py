@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import re
+import socket
 import ssl
 import sys
 import time
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import aiohappyeyeballs
 import aiohttp
 from yarl import URL
 
@@ -56,11 +58,21 @@ MAX_ERROR_BYTES = 65_536
 MAX_MESSAGE_BYTES = 1 << 20
 """Largest websocket message; the API server sends at most 32 KiB and a byte."""
 
+RECEIVE_BUFFER_BYTES = 65_536
+"""The kernel's buffer of one connection to the API server (Linux doubles it)."""
+
 LIST_LIMIT = 20
 """Pods asked for: more than one is a refusal already, and the rest may be terminating."""
 
 WATCH_SECONDS = 300
 """After which the API server ends a watch and it is begun anew."""
+
+READ_AHEAD_BYTES = 65_536
+"""aiohttp stops reading an exec connection that has twice as much unread; half a megabyte a stream would be its own
+choice. It has no setting for this, so the constant of its websocket client is set; the memory tests notice if that
+ever stops to work."""
+
+aiohttp.client.DEFAULT_CHUNK_SIZE = READ_AHEAD_BYTES  # type: ignore[attr-defined]
 
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
@@ -182,7 +194,9 @@ class KubeClient:
         self._proxy: str | None = configuration.proxy
         self._session = aiohttp.ClientSession(
             # No limit: slots bound the execs, and a kill must never wait for a connection.
-            connector=aiohttp.TCPConnector(limit=0, ssl=_tls(configuration), keepalive_timeout=60),
+            connector=aiohttp.TCPConnector(
+                limit=0, ssl=_tls(configuration), keepalive_timeout=60, socket_factory=_socket
+            ),
             middlewares=(_keep_refusal,),
             headers={"User-Agent": "session-proxy"},
             # No trust_env: it would send REST and websocket through different proxy variables.
@@ -244,8 +258,8 @@ class KubeClient:
         attributes = {"namespace": self.namespace, "verb": verb, "group": "", "resource": "pods"}
         if subresource:
             attributes["subresource"] = subresource
-        if self._pod is not None and verb in ("get", "create"):
-            attributes["name"] = self._pod
+        if self._pod is not None:
+            attributes["name"] = self._pod  # the watch names it in its field selector
         body = {
             "apiVersion": "authorization.k8s.io/v1",
             "kind": "SelfSubjectAccessReview",
@@ -255,6 +269,48 @@ class KubeClient:
         answer = await self._json("POST", path, {}, verb="create", resource="selfsubjectaccessreviews", body=body)
         status = answer.get("status")
         return isinstance(status, dict) and status.get("allowed") is True
+
+    # --- any object -----------------------------------------------------------------------------------------------
+
+    async def call(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        body: Mapping[str, Any] | None = None,
+        content_type: str = "application/json",
+    ) -> tuple[int, Mapping[str, Any]]:
+        """Return HTTP status and object (or Status) of whatever the API server answers.
+
+        Raises KubeError only when it gives no answer, or none in JSON.
+        """
+        try:
+            async with (
+                asyncio.timeout(REQUEST_SECONDS),
+                self._session.request(
+                    method,
+                    self._url(path, query or {}),
+                    data=None if body is None else json.dumps(body).encode(),
+                    headers={"Accept": "application/json", "Content-Type": content_type, **await self._headers()},
+                    allow_redirects=False,
+                    server_hostname=self._tls_name,
+                    proxy=self._proxy,
+                ) as response,
+            ):
+                data = await response.read()
+                status = response.status
+        except TimeoutError:
+            raise KubeTimeoutError(f"the API server did not answer {method} {path} in time") from None
+        except (aiohttp.ClientError, OSError, ssl.SSLError) as error:
+            raise _unreachable(error) from None
+        try:
+            answer = json.loads(data)
+        except (ValueError, RecursionError):
+            answer = None
+        if not isinstance(answer, dict):
+            raise KubeUnavailableError(f"the API server answered {method} {path} with HTTP {status} and no JSON object")
+        return status, answer
 
     # --- exec -----------------------------------------------------------------------------------------------------
 
@@ -432,19 +488,16 @@ class WebSocketStream:
         """Return the next message; pings are answered and pongs noted on the way."""
         while True:
             message = await self._websocket.receive()
-            match message.type:
-                case aiohttp.WSMsgType.BINARY | aiohttp.WSMsgType.TEXT:
-                    self._heard = time.monotonic()
-                    data: bytes = message.data
-                    return data
-                case aiohttp.WSMsgType.PING:
-                    self._heard = time.monotonic()
-                    with contextlib.suppress(aiohttp.ClientError, OSError):
-                        await self._websocket.pong(message.data)
-                case aiohttp.WSMsgType.PONG:
-                    self._heard = time.monotonic()
-                case _:
-                    return None
+            kind = message.type
+            self._heard = time.monotonic()
+            if kind is aiohttp.WSMsgType.BINARY or kind is aiohttp.WSMsgType.TEXT:
+                data: bytes = message.data
+                return data
+            if kind is aiohttp.WSMsgType.PING:
+                with contextlib.suppress(aiohttp.ClientError, OSError):
+                    await self._websocket.pong(message.data)
+            elif kind is not aiohttp.WSMsgType.PONG:
+                return None
 
     async def send(self, message: bytes) -> None:
         """Send one binary message."""
@@ -475,6 +528,14 @@ class WebSocketStream:
             transport = self._websocket.get_extra_info("transport")
             if transport is not None:
                 transport.abort()
+
+
+def _socket(address: aiohappyeyeballs.AddrInfoType) -> socket.socket:
+    """Make the socket of a connection to the API server; its kernel buffer bounds what one read brings in."""
+    family, kind, protocol, _, _ = address
+    sock = socket.socket(family, kind, protocol)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
+    return sock
 
 
 def _tls(configuration: Any) -> ssl.SSLContext | bool:

@@ -87,6 +87,11 @@ class OutputBuffer:
         """Wait until the buffer is not full."""
         await self._writable.wait()
 
+    @property
+    def readable(self) -> bool:
+        """Whether ``take`` would not have to wait."""
+        return self._readable.is_set()
+
     async def take(self) -> list[tuple[str, bytes]]:
         """Wait for output and return all of it, neighbours of one stream joined; an empty list is the end."""
         await self._readable.wait()

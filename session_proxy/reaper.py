@@ -16,8 +16,11 @@ from session_proxy.workspace import Target, Workspace
 VERIFY_SECONDS = 4.0
 """For opening the second exec and for the proof, on top of the grace period."""
 
-POLL_SECONDS = 0.1
-"""Between two looks."""
+POLL_SECONDS = 0.05
+"""From the first look to the second; each wait is half as long again as the last, since a look costs the container."""
+
+MAX_POLL_SECONDS = 0.4
+"""The longest wait between two looks."""
 
 CLEAN_LOOKS = 2
 """Looks in a row that must find nothing: one that runs beside a fork could miss the child."""
@@ -64,8 +67,10 @@ class Reaper:
 
     async def _kill(self, stream: ExecStream, grace_ends: float) -> bool:
         census = await self._scan(stream, "TERM")
-        while census.command and time.monotonic() < grace_ends:
-            await asyncio.sleep(POLL_SECONDS)
+        wait = POLL_SECONDS
+        while census.command and (left := grace_ends - time.monotonic()) > 0:
+            await asyncio.sleep(min(wait, left))
+            wait = min(wait * 1.5, MAX_POLL_SECONDS)
             census = await self._scan(stream, "LOOK")
         clean = 0
         signal = "KILL"
@@ -74,7 +79,7 @@ class Reaper:
             signal = "END"
             clean = clean + 1 if census.nothing_left else 0
             if census.command or census.wrapper:
-                await asyncio.sleep(POLL_SECONDS / 2)
+                await asyncio.sleep(POLL_SECONDS)
             elif census.unreadable:
                 self.failure = f"{census.unreadable} processes cannot be read"
                 return False

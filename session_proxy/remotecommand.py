@@ -6,7 +6,7 @@ Source: k8s.io/apimachinery/pkg/util/remotecommand and KEP-4006 (v5, which adds 
 import json
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from session_proxy.errors import RemoteCommandProtocolError
 
@@ -33,12 +33,17 @@ class Channel(IntEnum):
     CLOSE = 255
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
-    """Bytes the command printed on ``channel`` (STDOUT or STDERR); never empty."""
+class Output(NamedTuple):
+    """Bytes the command printed on ``channel`` (STDOUT or STDERR); never empty.
+
+    A tuple and not a dataclass: one is made for each message.
+    """
 
     channel: Channel
     data: bytes
+
+
+_OUTPUT_CHANNELS = {int(channel): channel for channel in (Channel.STDOUT, Channel.STDERR)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +62,8 @@ def decode(message: bytes) -> Output | Status | None:
     if not message:
         raise RemoteCommandProtocolError("an empty message without a channel")
     channel = message[0]
-    if channel in (Channel.STDOUT, Channel.STDERR):
-        return Output(Channel(channel), message[1:]) if len(message) > 1 else None
+    if output := _OUTPUT_CHANNELS.get(channel):
+        return Output(output, message[1:]) if len(message) > 1 else None
     if channel == Channel.ERROR:
         return decode_status(message[1:]) if len(message) > 1 else None
     return None

@@ -43,6 +43,9 @@ RUNNER_GRACE_SECONDS = 15
 WORKSPACE_GRACE_SECONDS = 5
 """For a workspace whose first process ignores TERM, as `sleep` does."""
 
+IDLE = "trap 'exit 0' TERM; while :; do sleep 3600 & wait $!; done"
+"""First process of a workspace: it does nothing."""
+
 MIN_MEMORY_BYTES = 4 << 20
 """Less is always a slip: ``512m`` is half a byte where ``512Mi`` was meant. The kubelet's own least is 4 MiB."""
 
@@ -355,8 +358,11 @@ def parse_spec(values: Mapping[str, Any]) -> SessionSpec:
     command = tuple(values.get("runner_command") or ())
     if any("\0" in word for word in command):
         problems.append("the runner's command holds a NUL byte, which no argument can")
-    config = _sidecar_config(settings, problems)
-    if problems or config is None:
+    try:
+        policy = sidecar_policy(settings)
+    except ConfigError as error:
+        raise ConfigError([*problems, *(f"--set {problem}" for problem in error.problems)]) from None
+    if problems:
         raise ConfigError(problems)
     spec = SessionSpec(
         name=fields["name"],
@@ -378,7 +384,7 @@ def parse_spec(values: Mapping[str, Any]) -> SessionSpec:
         settings=settings,
         timeout_seconds=fields["timeout"],
     )
-    if problems := _violations(spec, config):
+    if problems := _violations(spec, policy):
         raise ConfigError(problems)
     return spec
 
@@ -413,32 +419,29 @@ def _settings(assignments: Sequence[str], problems: list[str]) -> dict[str, str]
         elif name in SETTINGS_OF_UP:
             problems.append(f"--set {name} is not possible; the manifests of the session decide it")
         elif name.lower() not in Config.__dataclass_fields__ or name != name.upper():
-            problems.append(f"--set {_shown(name)} is no setting of session-proxy; `session-proxy serve --help` has all")
+            problems.append(
+                f"--set {_shown(name)} is no setting of session-proxy; `session-proxy serve --help` has all"
+            )
         else:
             settings[name] = value
     return settings
 
 
-def _sidecar_config(settings: Mapping[str, str], problems: list[str]) -> Config | None:
-    try:
-        return parse_config({**settings, "SESSION_NAME": "any", "OWNER_MODE": "self", "POD_UID": "any"})
-    except ConfigError as error:
-        problems.extend(f"--set {problem}" for problem in error.problems)
-        return None
+def sidecar_policy(settings: Mapping[str, str]) -> PolicySettings:
+    """Return the policy that a sidecar with these settings applies. Raises ConfigError."""
+    config = parse_config({**settings, "SESSION_NAME": "any", "OWNER_MODE": "self", "POD_UID": "any"})
+    return PolicySettings(
+        level=config.pod_security_level,
+        allowed_images=config.allowed_images,
+        require_image_digest=config.require_image_digest,
+        container=WORKSPACE_CONTAINER,
+    )
 
 
-def _violations(spec: SessionSpec, config: Config) -> list[str]:
+def _violations(spec: SessionSpec, policy: PolicySettings) -> list[str]:
     """Hold the workspace against what its sidecar will demand, the runner against what namespaces usually enforce."""
     pods = (
-        (
-            workspace_pod(spec, "any"),
-            PolicySettings(
-                level=config.pod_security_level,
-                allowed_images=config.allowed_images,
-                require_image_digest=config.require_image_digest,
-                container=WORKSPACE_CONTAINER,
-            ),
-        ),
+        (workspace_pod(spec, "any"), policy),
         (runner_pod(spec), PolicySettings(level=Level.RESTRICTED, session_rules=False)),
     )
     return [
@@ -547,7 +550,6 @@ def workspace_pod(spec: SessionSpec, runner_uid: str) -> Manifest:
     container: Manifest = {
         "name": WORKSPACE_CONTAINER,
         "image": spec.workspace_image,
-        "command": ["/bin/sh", "-c", "trap 'exit 0' TERM; while :; do sleep 3600 & wait $!; done"],
         "workingDir": "/workspace",
         "resources": _resources(spec.workspace.cpu, spec.workspace.memory),
         "securityContext": _container_context(spec.workspace_uid),
@@ -556,6 +558,9 @@ def workspace_pod(spec: SessionSpec, runner_uid: str) -> Manifest:
             {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 (in the container)
         ],
     }
+    if spec.settings.get("WRAPPER") != "none":
+        # The daemon needs this shell anyway. It also reaps, and ends at once; images without one start as they are.
+        container["command"] = ["/bin/sh", "-c", IDLE]
     _pull(container, spec)
     metadata = _metadata(spec.name.workspace, spec.name, kind="workspace")
     # controller: a pod that has one is never adopted by a ReplicaSet whose labels it happens to match.

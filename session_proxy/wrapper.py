@@ -83,6 +83,8 @@ _PROCESS_TITLE = "session-proxy-exec:"
 # exec's standard input.
 
 # $0 title:id, $1 nonce, $2 grace in whole seconds. Variables start with _p so as not to change the command's own.
+# A busybox built to prefer its own applets to $PATH (it finds cat where none is) gets the whole path of the command, or
+# exec would run an applet of that name.
 _WRAPPER_SOURCE = r"""
 _pn=$1 _pg=$2 _pk= _ps=0
 exec 3<&0 4>&2 </dev/null 2>/dev/null
@@ -126,7 +128,7 @@ watch() {
   SESSION_PROXY_EXEC_ID=watch$SESSION_PROXY_EXEC_ID
   IFS= read -r _pl <&3
   kill -s TERM -- "-$$"
-  if command -v sleep >/dev/null; then sleep "$_pg"; else
+  if command -v sleep >/dev/null; then sleep "$_pg.5" || sleep "$((_pg+1))"; else
     read -r _pa _pb </proc/uptime; _pc=$((${_pa%.*}+_pg))
     while read -r _pa _pb </proc/uptime && [ "${_pa%.*}" -le "$_pc" ]; do :; done
   fi
@@ -166,6 +168,9 @@ wait "$_pw"
 exit "$_pc"
 """
 
+# What is older than the wrapper cannot be the command's. Reading with built-ins takes a system call a byte; where the
+# image has grep, that finds what is worth reading, and only the wrapper's own session is read further.
+#
 # $0 nonce, $1 exec id, $2 the wrapper's pid, $3 its start time in clock ticks. One line in, one scan, one line out:
 # "<nonce> <processes of the command> <the wrapper's own> <that cannot be read>". TERM leaves the wrapper's own group
 # out (the wrapper signals it), KILL leaves out the wrapper's first process (it reaps its child and then ends by itself;
@@ -176,19 +181,24 @@ has() {
   while IFS= read -r l || [ -n "$l" ]; do case $l in *"$1"*) return 0 ;; esac; done
   return 1
 }
+marked() {
+  if [ -n "$grep" ]; then case $nl$marked$nl in *"$nl$d/environ$nl"*) return 0 ;; *) return 1 ;; esac; fi
+  has "SESSION_PROXY_EXEC_ID=$id" <"$d/environ"
+}
 look() {
   set -- $t
   [ "$1" != Z ] && [ "$1" != X ] && [ "${20}" -ge "$begin" ] || return
-  if has "session-proxy-exec:$id" <"$d/cmdline" || has "SESSION_PROXY_EXEC_ID=watch$id" <"$d/environ"; then
-    own=$((own+1))
-    case $signal in
-    KILL) [ "$p" = "$leader" ] || kill -s KILL "$p" ;;
-    END) kill -s KILL "$p" ;;
-    esac
-    return
-  fi
-  if has "SESSION_PROXY_EXEC_ID=$id" <"$d/environ"; then :
-  elif [ "$4" = "$leader" ] && ! has SESSION_PROXY_EXEC_ID= <"$d/environ"; then :
+  if marked; then :
+  elif [ "$p" = "$leader" ] || [ "$4" = "$leader" ]; then
+    if has "session-proxy-exec:$id" <"$d/cmdline" || has "SESSION_PROXY_EXEC_ID=watch$id" <"$d/environ"; then
+      own=$((own+1))
+      case $signal in
+      KILL) [ "$p" = "$leader" ] || kill -s KILL "$p" ;;
+      END) kill -s KILL "$p" ;;
+      esac
+      return
+    fi
+    ! has SESSION_PROXY_EXEC_ID= <"$d/environ" || return
   else
     { true <"$d/environ"; } || [ ! -d "$d" ] || unread=$((unread+1))
     return
@@ -200,13 +210,28 @@ look() {
   esac
 }
 nonce=$0 id=$1 leader=$2 begin=$3
+nl='
+'
+grep=$(command -v grep)
 [ -r /proc/self/stat ] || { echo "$nonce noproc"; exit; }
 echo "$nonce ready"
 while read -r signal; do
-  cmd=0 own=0 unread=0
-  for d in /proc/[0-9]*; do
-    p=${d#/proc/} t=
+  cmd=0 own=0 unread=0 all='/proc/[0-9]*'
+  if [ -n "$grep" ]; then
+    marked=$(grep -ls "SESSION_PROXY_EXEC_ID=$id" /proc/[0-9]*/environ)
+    near=$(grep -lsE "\) [^ZX] [0-9]+ [0-9]+ $leader " /proc/[0-9]*/stat)
+    all=$(grep -lsE "\) [^ZX] " /proc/[0-9]*/stat)
+  fi
+  for d in $all; do
+    d=${d%/stat} t=
+    p=${d#/proc/}
     [ "$p" != $$ ] || continue
+    if [ -n "$grep" ]; then
+      case $nl$marked$nl$near$nl in
+      *"$nl$d/environ$nl"* | *"$nl$d/stat$nl"*) ;;
+      *) ! true <"$d/environ" || continue ;;
+      esac
+    fi
     while IFS= read -r l; do t=$l; done <"$d/stat"
     t=${t##*) }
     [ -z "$t" ] || look
@@ -226,7 +251,11 @@ _REAPER = _compact(_REAPER_SOURCE)
 
 
 def wrapper_argv(exec_id: str, nonce: str, grace_seconds: float) -> list[str]:
-    """Return the argv that starts the program for one exec. ``grace_seconds`` is rounded up to whole seconds."""
+    """Return the argv that starts the program for one exec. ``grace_seconds`` is rounded up to whole seconds.
+
+    The program's own KILL comes half a second later still, for when nobody else is there to send one. The reaper's is
+    better: it lets the program reap its child, where PID 1 of a container often reaps nobody.
+    """
     return ["sh", "-c", _WRAPPER, _PROCESS_TITLE + exec_id, nonce, str(max(0, -int(-grace_seconds // 1)))]
 
 
@@ -235,13 +264,22 @@ def reaper_argv(exec_id: str, nonce: str, ready: "Ready") -> list[str]:
     return ["sh", "-c", _REAPER, nonce, exec_id, str(ready.pid), str(ready.start_time)]
 
 
-_B_ESCAPES = {0: b"\\0000", 10: b"\\n", 92: b"\\\\"}
+_B_ESCAPES = {bytes([byte]): b"\\0%03o" % byte for byte in (0, *range(128, 256))} | {b"\n": b"\\n", b"\\": b"\\\\"}
 _B_SPECIAL = re.compile(rb"[\x00\n\\]")
+_B_SPECIAL_OR_HIGH = re.compile(rb"[\x00\n\\\x80-\xff]")
 
 
 def escape_bytes(data: bytes) -> bytes:
-    """Escape bytes for ``printf %b`` so that they hold no newline and no NUL."""
-    return _B_SPECIAL.sub(lambda match: _B_ESCAPES[match.group()[0]], data)
+    """Escape bytes for ``printf %b`` so that they hold no newline, no NUL, and nothing that is not UTF-8.
+
+    bash reads and prints by characters of its locale, and garbles bytes that are none.
+    """
+    try:
+        data.decode()
+        special = _B_SPECIAL
+    except UnicodeDecodeError:
+        special = _B_SPECIAL_OR_HIGH
+    return special.sub(lambda match: _B_ESCAPES[match.group()], data)
 
 
 def _entry(text: str) -> bytes:

@@ -419,7 +419,7 @@ def test_arbitrary_bodies_raise_nothing_but_an_invalid_request(body: bytes) -> N
     check_request(body)
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(_requests)
 def test_arbitrary_members_are_read_exactly_or_refused(members: dict[str, Any]) -> None:
     check_request(json.dumps(members).encode())

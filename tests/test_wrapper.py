@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import re
 import secrets
 import select
 import shutil
@@ -371,7 +372,8 @@ def test_the_command_is_searched_as_the_kernels_callers_do(shell: Path, tmp_path
     (tmp_path / "first/tool").write_text("not executable")
     (tmp_path / "second/tool").mkdir(parents=True)
     make_executable(tmp_path / "third/tool", '#!/bin/sh\necho third "$@"\n')
-    path = f"{tmp_path}/first:{tmp_path}/second:{tmp_path}/none*:{tmp_path}/third"
+    make_executable(tmp_path / "glob/tool", "#!/bin/sh\necho wrong\n")
+    path = f"{tmp_path}/first:{tmp_path}/second:{tmp_path}/glo*:{tmp_path}/third"
     assert run(shell, "tool", "a  b", env={"PATH": path}) == Result(0, b"third a  b\n", b"")
     assert run(shell, "tool", cwd=str(tmp_path / "third"), env={"PATH": ":/nosuch"}).stdout == b"third\n"
     assert run(shell, "./tool", cwd=str(tmp_path / "third")).stdout == b"third\n"
@@ -393,16 +395,12 @@ def test_the_builtin_that_reads_a_file_is_not_run(shell: Path, tmp_path: Path) -
 
 
 def test_a_command_keeps_its_name(shell: Path, tmp_path: Path) -> None:
-    if shell.resolve().name == "busybox":
-        pytest.skip("one built to prefer its own applets to $PATH gets the whole path instead")
-    (tmp_path / "mysleep").symlink_to(tool("cat"))
-    output = run(shell, "mysleep", "/proc/self/cmdline", env={"PATH": str(tmp_path)}).stdout
-    assert arguments(output) == ["mysleep", "/proc/self/cmdline"]
-
-
-def test_a_command_whose_name_begins_with_a_dash_is_run(shell: Path, tmp_path: Path) -> None:
-    make_executable(tmp_path / "-c", '#!/bin/sh\necho program "$@"\n')
-    assert run(shell, "-c", "echo x", env={"PATH": f"{tmp_path}:/bin"}) == Result(0, b"program echo x\n", b"")
+    (tmp_path / "mycat").symlink_to(tool("cat"))
+    output = run(shell, "mycat", "/proc/self/cmdline", env={"PATH": str(tmp_path)}).stdout
+    # A busybox that prefers its own applets to $PATH has to be given the whole path.
+    names = ["mycat", str(tmp_path / "mycat")] if shell.resolve().name == "busybox" else ["mycat"]
+    assert arguments(output)[0] in names
+    assert arguments(output)[1:] == ["/proc/self/cmdline"]
 
 
 _special = st.sampled_from("\n\\$`'\"*?[]{}~-=%!#;&|()<> \t\r\x01\x7f\x81\x88é€😀xn0")
@@ -410,13 +408,15 @@ _no_nul = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
 _texts = st.text(_special | _no_nul, max_size=12)
 
 
-@settings(max_examples=25, deadline=None)
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+@settings(max_examples=20, deadline=None)
 @given(argv=st.lists(_texts, max_size=8))
 @example(
     argv=["-e", "--", "\n", "\n\n", "x\n", "$(touch /tmp/x)", "`x`", "*", "\\n", "\\", "\\\\", "'", '"', "%s", "", "%"]
 )
-def test_any_arguments_arrive_as_they_were_given(shell: Path, argv: list[str]) -> None:
-    result = run(shell, tool("printf"), "%s\\0", "first", *argv)
+def test_any_arguments_arrive_as_they_were_given(shell: Path, locale: str, argv: list[str]) -> None:
+    environ = {"PATH": os.environ["PATH"], "LC_ALL": locale}
+    result = run(shell, tool("printf"), "%s\\0", "first", *argv, environ=environ)
     assert arguments(result.stdout) == ["first", *argv]
     assert result.code == 0
 
@@ -424,7 +424,7 @@ def test_any_arguments_arrive_as_they_were_given(shell: Path, argv: list[str]) -
 @settings(max_examples=25, deadline=None)
 @given(
     values=st.dictionaries(st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,5}", fullmatch=True), _texts, max_size=5).filter(
-        lambda values: not values.keys() & {"PATH", "LD_PRELOAD"}
+        lambda values: "PATH" not in values
     )
 )
 @example(
@@ -455,10 +455,6 @@ def test_even_a_variable_that_a_shell_owns_can_be_set(shell: Path, value: str) -
     assert (result.code, result.stderr) == (0, b"")
     got = environment(result.stdout)
     assert {name: got.get(name) for name in values} == values
-    for name in values:  # alone, too: one that is set by env(1) has all of them set by it
-        if name.startswith(("_p", "B", "H", "E")):
-            alone = run(shell, tool("env"), "-0", env={name: value})
-            assert environment(alone.stdout).get(name) == value, name
 
 
 def test_a_new_path_is_where_the_command_is_looked_up(shell: Path, tmp_path: Path) -> None:
@@ -474,9 +470,10 @@ def test_the_longest_argument_and_the_longest_variable_arrive(shell: Path) -> No
     assert environment(run(shell, tool("env"), "-0", env={"LONG": value}).stdout)["LONG"] == value
 
 
-@pytest.mark.parametrize("count", [996, 997, 998, 1995, 1996, 1997, 2000])
+@pytest.mark.parametrize("count", [994, 995, 996, 1994, 2000])
 def test_many_arguments_arrive_in_order(shell: Path, count: int) -> None:
-    argv = [f"{number} " + "\n" * (number % 2) for number in range(count)]
+    # The program reads 999 entries at a time; four are the working directory, "--", printf and its format.
+    argv = [f"{number} " + "\n" * (number % 20 == 0) for number in range(count)]
     assert arguments(run(shell, tool("printf"), "%s\\0", *argv).stdout) == argv
 
 
@@ -522,15 +519,18 @@ def test_an_empty_standard_input_is_a_pipe_that_ends(shell: Path) -> None:
     assert run(shell, "cat", stdin=b"") == Result(0, b"", b"")
 
 
-@settings(max_examples=25, deadline=None)
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+@settings(max_examples=20, deadline=None)
 @given(data=st.binary(max_size=64), times=st.sampled_from([1, 1, 3, 200]))
 @example(data=bytes(range(256)), times=1)
 @example(data=bytes(range(256)), times=40)
 @example(data=b"\0", times=5000)
 @example(data=b"\n", times=5000)
 @example(data=b"\\0101%s\\c\n", times=1)
-def test_any_bytes_arrive_on_standard_input_and_then_it_ends(shell: Path, data: bytes, times: int) -> None:
-    assert run(shell, "cat", stdin=data * times) == Result(0, data * times, b"")
+@example(data=b"\xe2\n\xe2\x82", times=3000)
+def test_any_bytes_arrive_on_standard_input_and_then_it_ends(shell: Path, locale: str, data: bytes, times: int) -> None:
+    environ = {"PATH": os.environ["PATH"], "LC_ALL": locale}
+    assert run(shell, "cat", stdin=data * times, environ=environ) == Result(0, data * times, b"")
 
 
 def test_a_large_standard_input_arrives(shell: Path) -> None:
@@ -575,11 +575,9 @@ def test_a_command_has_the_grace_period_between_term_and_kill(shell: Path) -> No
         hung_up_at = time.monotonic()
         program.close_stdin()
         assert program.lines(3)[2] == b"bye"
-        said_after = time.monotonic() - hung_up_at
         assert alive(stubborn)
         assert gone(stubborn)
-        assert said_after < 0.9
-        assert 0.9 < time.monotonic() - hung_up_at < 3
+        assert 0.9 < time.monotonic() - hung_up_at < 10
         program.finish()
 
 
@@ -607,7 +605,7 @@ def test_a_hang_up_after_the_commands_end_is_too_late_to_matter(shell: Path) -> 
 class Reaper:
     """The second program, beside a running first one."""
 
-    def __init__(self, shell: Path, exec_id: str, ready: Ready, environ: Mapping[str, str] | None = None) -> None:
+    def __init__(self, shell: Path, exec_id: str, ready: Ready, path: str) -> None:
         self._nonce = secrets.token_hex(8)
         self._process = subprocess.Popen(
             reaper_argv(exec_id, self._nonce, ready),
@@ -615,7 +613,7 @@ class Reaper:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
-            env=environ,
+            env={"PATH": path},
         )
 
     def __enter__(self) -> Self:
@@ -648,6 +646,12 @@ exec sleep 302
 """
 
 
+@pytest.fixture(params=["tools", "no-tools"])
+def path(request: pytest.FixtureRequest) -> str:
+    """The reaper's $PATH: it is faster with some tools, and needs none."""
+    return os.environ["PATH"] if request.param == "tools" else "/nosuch"
+
+
 @pytest.fixture
 def bystander() -> Iterator[subprocess.Popen[bytes]]:
     """A process that has nothing to do with any exec, but started after it."""
@@ -657,14 +661,14 @@ def bystander() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_the_reaper_finds_and_kills_what_left_the_process_group(
-    shell: Path, bystander: subprocess.Popen[bytes]
+    shell: Path, path: str, bystander: subprocess.Popen[bytes]
 ) -> None:
     with Program(shell) as other, Program(shell) as program:
         other.go("sleep", "300")
         program.go("sh", "-c", ESCAPING)
         pids = [int(line) for line in program.lines(3)]
         assert len({stat_of(pid)[3] for pid in pids}) == 3  # three sessions
-        with Reaper(shell, program.id, program.ready) as reaper:
+        with Reaper(shell, program.id, program.ready, path) as reaper:
             census = reaper.scan("LOOK")
             assert census.command == 3
             assert census.wrapper == 2  # the shell that waits for the command, and the watcher
@@ -678,19 +682,19 @@ def test_the_reaper_finds_and_kills_what_left_the_process_group(
             assert (last.command, last.wrapper) == (0, 0)
         assert bystander.poll() is None
         assert other.process.poll() is None
-        with Reaper(shell, other.id, other.ready) as reaper:
+        with Reaper(shell, other.id, other.ready, path) as reaper:
             assert reaper.scan("LOOK").command == 1
             reaper.scan("END")
         assert other.finish().code == -signal.SIGKILL
         assert bystander.poll() is None
 
 
-def test_looking_signals_nothing(shell: Path) -> None:
+def test_looking_signals_nothing(shell: Path, path: str) -> None:
     script = "trap 'echo signalled' TERM HUP INT; echo up; while :; do sleep 0.01; done"
     with Program(shell) as program:
         program.go("sh", "-c", script)
         program.lines(1)
-        with Reaper(shell, program.id, program.ready) as reaper:
+        with Reaper(shell, program.id, program.ready, path) as reaper:
             for _ in range(3):
                 census = reaper.scan("LOOK")
                 assert census.command >= 1
@@ -701,7 +705,7 @@ def test_looking_signals_nothing(shell: Path) -> None:
         assert program.finish() == Result(-signal.SIGKILL, b"up\n", b"")
 
 
-def test_the_reapers_term_is_for_those_that_left_the_group(shell: Path) -> None:
+def test_the_reapers_term_is_for_those_that_left_the_group(shell: Path, path: str) -> None:
     script = """
     trap 'echo inside' TERM
     setsid sh -c 'trap "echo outside; exit" TERM; echo up; while :; do sleep 0.01; done' &
@@ -710,18 +714,18 @@ def test_the_reapers_term_is_for_those_that_left_the_group(shell: Path) -> None:
     with Program(shell) as program:
         program.go("sh", "-c", script)
         program.lines(1)
-        with Reaper(shell, program.id, program.ready) as reaper:
+        with Reaper(shell, program.id, program.ready, path) as reaper:
             reaper.scan("TERM")
             assert program.lines(2) == [b"up", b"outside"]
             reaper.scan("END")
         assert b"inside" not in program.finish().stdout
 
 
-def test_the_reaper_finds_what_dropped_its_environment_but_stayed_in_the_session(shell: Path) -> None:
+def test_the_reaper_finds_what_dropped_its_environment_but_stayed_in_the_session(shell: Path, path: str) -> None:
     with Program(shell) as program:
         program.go("env", "-i", tool("sh"), "-c", f"echo $$; exec {tool('sleep')} 300")
         pid = int(program.lines(1)[0])
-        with Reaper(shell, program.id, program.ready) as reaper:
+        with Reaper(shell, program.id, program.ready, path) as reaper:
             assert reaper.scan("LOOK").command == 1
             reaper.scan("KILL")
             assert gone(pid)
@@ -729,19 +733,19 @@ def test_the_reaper_finds_what_dropped_its_environment_but_stayed_in_the_session
             assert reaper.scan("LOOK").command == 0
 
 
-def test_the_reaper_leaves_alone_what_is_older_than_the_exec(shell: Path) -> None:
+def test_the_reaper_leaves_alone_what_is_older_than_the_exec(shell: Path, path: str) -> None:
     exec_id, no_such_pid = secrets.token_hex(8), 1 << 23
     with subprocess.Popen([tool("sleep"), "300"], env={EXEC_ID_VARIABLE: exec_id}) as older:
         started = int(stat_of(older.pid)[19])
-        with Reaper(shell, exec_id, Ready(no_such_pid, started + 1)) as reaper:
+        with Reaper(shell, exec_id, Ready(no_such_pid, started + 1), path) as reaper:
             assert reaper.scan("END").command == 0
         assert older.poll() is None
-        with Reaper(shell, exec_id, Ready(no_such_pid, started)) as reaper:
+        with Reaper(shell, exec_id, Ready(no_such_pid, started), path) as reaper:
             assert reaper.scan("END").command == 1
         assert older.wait(PATIENCE) == -signal.SIGKILL
 
 
-def test_all_of_it_works_without_head_and_sleep(shell: Path, tmp_path: Path) -> None:
+def test_all_of_it_works_without_any_tool(shell: Path, tmp_path: Path) -> None:
     (tmp_path / "cat").symlink_to(tool("cat"))
     environ = {"PATH": str(tmp_path)}
     data = bytes(range(256)) * 400
@@ -752,7 +756,7 @@ def test_all_of_it_works_without_head_and_sleep(shell: Path, tmp_path: Path) -> 
         )
         outside = int(program.lines(1)[0])
         program.close_stdin()
-        with Reaper(shell, program.id, program.ready, environ) as reaper:
+        with Reaper(shell, program.id, program.ready, str(tmp_path)) as reaper:
             assert reaper.scan("LOOK").command >= 1
             assert program.process.wait(PATIENCE) == -signal.SIGKILL  # the watcher counted the seconds of /proc/uptime
             assert alive(outside)
@@ -878,15 +882,25 @@ def test_only_a_census_of_nothing_is_proof(census: Census) -> None:
     assert Census(0, 0, 0).nothing_left
 
 
-@settings(max_examples=100)
-@given(st.binary())
-def test_escaped_bytes_are_one_line_without_nul_and_mean_the_same(data: bytes) -> None:
+_ESCAPE = re.compile(rb"\\(\\|n|0[0-7]{3})")
+
+
+def unescape(data: bytes) -> bytes:
+    """Do what ``printf %b`` does with the escapes that are used."""
+    plain = {b"\\": b"\\", b"n": b"\n"}
+    return _ESCAPE.sub(lambda match: plain.get(match[1]) or bytes([int(match[1], 8)]), data)
+
+
+@settings(max_examples=200)
+@given(st.binary() | st.text().map(str.encode))
+@example(bytes(range(256)))
+@example("ü\0\n\\0101".encode())
+def test_escaped_bytes_are_one_line_of_utf8_without_nul_and_mean_the_same(data: bytes) -> None:
     escaped = escape_bytes(data)
     assert b"\n" not in escaped
     assert b"\0" not in escaped
-    unescaped = escaped.replace(b"\\\\", b"\0").replace(b"\\0000", b"\1N").replace(b"\\n", b"\n")
-    marked = data.replace(b"\0", b"\1N").replace(b"\\", b"\0")
-    assert unescaped == marked
+    escaped.decode()
+    assert unescape(escaped) == data
 
 
 @settings(max_examples=100)
