@@ -64,7 +64,7 @@ class Execution:
         self.stdout_bytes = 0
         self.stderr_bytes = 0
         self.stages: dict[str, float] = {}
-        """Seconds each stage took: locate, upgrade, gate, first_byte, run, reap."""
+        """Seconds each stage took: locate, upgrade, gate, first_byte, run, reap, end."""
         self._created_at = time.monotonic()
         self._stage_from = self._created_at
         self._started_at: float | None = None

@@ -296,6 +296,7 @@ class _Run:
         try:
             first: set[asyncio.Future[Any]] = {pumping, beating, execution.stopped, loss.reason}
             await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+            execution.stage("run")
             if pumping.done():
                 timers[0].cancel()
                 return await self._ended(target, stream, loss, pumping)
