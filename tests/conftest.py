@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,7 @@ class Daemon:
 
     def commands_started(self) -> list[list[str]]:
         """Everything the cluster was asked to start that was not a wrapper: nothing, when the gate stayed shut."""
-        return [list(record.command) for record in self.cluster.execs if record.command[:2] != ["sh", "-c"]]
+        return [list(record.command) for record in self.cluster.execs if record.command[:2] != ("sh", "-c")]
 
 
 DEFAULTS = {
@@ -174,7 +174,7 @@ async def start(tmp_path: Path) -> AsyncIterator[StartDaemon]:
             path = cluster.write_kubeconfig(tmp_path / "kubeconfig")
             logs: list[dict[str, Any]] = []
 
-            def capture(_: Any, method: str, event: dict[str, Any]) -> Any:
+            def capture(_: Any, method: str, event: MutableMapping[str, Any]) -> Any:
                 logs.append(dict(event) | {"level": method})
                 raise structlog.DropEvent
 

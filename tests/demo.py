@@ -88,7 +88,7 @@ def main() -> int:
     with dev_mode() as connection:
         for title, body in COMMANDS:
             print(f"\n== {title}", flush=True)
-            if show(connection, body, "text/plain" if title.startswith("output") else "application/x-ndjson") != 200:  # noqa: PLR2004
+            if show(connection, body, "text/plain" if title.startswith("output") else "application/x-ndjson") != 200:
                 return 1
     print("\n== a workspace that violates the policy is refused, and nothing runs in it", flush=True)
     manifest = workspace_manifest("workspace", session="dev", owner_uid=OWNER_UID)
@@ -104,7 +104,7 @@ def main() -> int:
             print(f"\n  HTTP {response.status} {problem['reason']}")
             for violation in problem["violations"]:
                 print(f"    {violation['field']} is {violation['value']}; it must be {violation['expected']}")
-    return 0 if response.status == 403 else 1  # noqa: PLR2004
+    return 0 if response.status == 403 else 1
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ async def receive(ws: aiohttp.ClientWebSocketResponse) -> bytes:
 async def eventually(condition: Callable[[], object]) -> None:
     """Wait for what the operating system does without telling: files, processes."""
     async with asyncio.timeout(SECONDS):
-        while not condition():  # noqa: ASYNC110
+        while not condition():
             await asyncio.sleep(0.01)
 
 
@@ -279,7 +279,7 @@ async def test_the_process_has_a_clean_environment_and_starts_in_the_scratch_dir
     monkeypatch.setenv("SECRET", "x")
     result = await client.run("sh", "-c", "pwd; tr '\\0' '\\n' < /proc/$$/environ")
     directory, *environment = result.output(1).decode().splitlines()
-    assert directory == os.path.realpath(cluster.root)  # noqa: ASYNC240
+    assert directory == os.path.realpath(cluster.root)
     names = dict(line.split("=", 1) for line in environment)
     assert names.pop("DEVCLUSTER_CONTAINER")
     assert sorted(names) == ["HOME", "HOSTNAME", "PATH"]
@@ -895,7 +895,7 @@ async def test_exec_connections_can_be_dropped(cluster: DevCluster, client: Clie
 @LINUX
 async def test_stopping_leaves_nothing_behind(tmp_path: Path) -> None:
     tasks = asyncio.all_tasks()
-    descriptors = set(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    descriptors = set(os.listdir("/proc/self/fd"))
     cluster = DevCluster(root=tmp_path, faults=Faults(hang={"list pods"}))
     await cluster.start()
     cluster.add_pod(workspace_manifest(session="s1"))
@@ -925,7 +925,7 @@ async def test_stopping_leaves_nothing_behind(tmp_path: Path) -> None:
     assert not any(state(pid) in "RSD" for pid in pids)
     await asyncio.sleep(0)
     assert asyncio.all_tasks() == tasks
-    assert set(os.listdir("/proc/self/fd")) == descriptors  # noqa: PTH208
+    assert set(os.listdir("/proc/self/fd")) == descriptors
 
 
 async def test_a_failure_inside_is_raised_when_it_stops(tmp_path: Path) -> None:

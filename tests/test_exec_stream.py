@@ -136,7 +136,7 @@ async def test_random_bytes_arrive_with_the_same_hash_in_every_format(daemon: Da
         "import hashlib, random, sys\nr = random.Random(7); h = hashlib.sha256()\n"
         f"for _ in range({size} >> 20):\n b = r.randbytes(1 << 20); h.update(b); sys.stdout.buffer.write(b)\n"
     )
-    source = random.Random(7)  # noqa: S311 (the same numbers twice, nothing secret)
+    source = random.Random(7)
     expected = hashlib.sha256()
     for _ in range(size >> 20):
         expected.update(source.randbytes(1 << 20))

@@ -28,7 +28,7 @@ from session_proxy.wire import (
 
 BOUNDS = RequestBounds()
 LONGEST = 131_071
-SECRET = "hunter2"  # noqa: S105 (what must not show up)
+SECRET = "hunter2"
 
 
 def parsed(bounds: RequestBounds = BOUNDS, /, **members: Any) -> ExecRequest:

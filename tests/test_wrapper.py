@@ -125,7 +125,7 @@ class Program:
         self.id = secrets.token_hex(8)
         self.nonce = secrets.token_hex(8)
         self._handshake = Handshake(self.nonce)
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed in __exit__)
+        self._stderr = tempfile.TemporaryFile()
         self._output = b""
         self.process = subprocess.Popen(
             wrapper_argv(self.id, self.nonce, grace),
@@ -528,6 +528,9 @@ def test_an_empty_standard_input_is_a_pipe_that_ends(shell: Path) -> None:
 @example(data=b"\n", times=5000)
 @example(data=b"\\0101%s\\c\n", times=1)
 @example(data=b"\xe2\n\xe2\x82", times=3000)
+@example(data=b"\xe2\n", times=1)
+@example(data=b"\xe2\\", times=1)
+@example(data=b"\xc3\0\xf0\x9f\x98\x80\\", times=1)
 def test_any_bytes_arrive_on_standard_input_and_then_it_ends(shell: Path, locale: str, data: bytes, times: int) -> None:
     environ = {"PATH": os.environ["PATH"], "LC_ALL": locale}
     assert run(shell, "cat", stdin=data * times, environ=environ) == Result(0, data * times, b"")

@@ -152,7 +152,7 @@ async def daemon(kubeconfig: Path, namespace: str) -> AsyncIterator[tuple[int, s
             while True:
                 with contextlib.suppress(aiohttp.ClientError):
                     async with http.get(f"{url}/readyz") as response:
-                        if response.status == 200:  # noqa: PLR2004
+                        if response.status == 200:
                             break
                 await asyncio.sleep(0.01)
         yield process.pid, url, time.perf_counter() - began
@@ -176,7 +176,7 @@ class Client:
         tail = b""
         body = json.dumps({"command": command}).encode()
         async with self._http.post(f"{self._url}/exec", data=body, headers={"Accept": accept}) as response:
-            if response.status != 200:  # noqa: PLR2004
+            if response.status != 200:
                 raise RuntimeError(await response.text())
             async for chunk in response.content.iter_any():
                 if first is None and not chunk.startswith((b"\n---EXIT---", b'{"event":"start"')):

@@ -704,7 +704,7 @@ async def test_a_restarted_api_server_ends_its_streams_and_not_the_daemon(
         await lost(daemon, stream, "connection_lost")
     finally:
         with (notes.parent / "log" / "apiserver.log").open("ab") as sink:
-            restarted = subprocess.Popen(  # noqa: ASYNC220 (it outlives this test)
+            restarted = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True
             )
         restarted.returncode = 0  # it is the cluster's from here on; `down` ends it
