@@ -25,6 +25,9 @@ MAX_POLL_SECONDS = 0.4
 CLEAN_LOOKS = 2
 """Looks in a row that must find nothing: one that runs beside a fork could miss the child."""
 
+UNREADABLE_LOOKS = 4
+"""Looks that may find nothing but processes that cannot be read; one that is just ending is such a one, too."""
+
 MAX_LINE_BYTES = 4_096
 """Longest answer of the program in the container."""
 
@@ -72,7 +75,7 @@ class Reaper:
             await asyncio.sleep(min(wait, left))
             wait = min(wait * 1.5, MAX_POLL_SECONDS)
             census = await self._scan(stream, "LOOK")
-        clean = 0
+        clean = unread = 0
         signal = "KILL"
         while clean < CLEAN_LOOKS:
             census = await self._scan(stream, signal)
@@ -81,8 +84,11 @@ class Reaper:
             if census.command or census.wrapper:
                 await asyncio.sleep(POLL_SECONDS)
             elif census.unreadable:
-                self.failure = f"{census.unreadable} processes cannot be read"
-                return False
+                unread += 1
+                if unread >= UNREADABLE_LOOKS:
+                    self.failure = f"{census.unreadable} processes cannot be read"
+                    return False
+                await asyncio.sleep(POLL_SECONDS)
         return True
 
     async def _scan(self, stream: ExecStream, signal: str) -> wrapper.Census:

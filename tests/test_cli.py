@@ -249,7 +249,7 @@ class Answering(http.server.BaseHTTPRequestHandler):
     def address_string(self) -> str:
         return "peer"
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 (http.server's name)
         del format, args
 
 

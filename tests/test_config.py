@@ -4,7 +4,7 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from session_proxy.config import SETTINGS, SHOWN_VALUE_CHARACTERS, Config, LogFormat, LogLevel, Wrapper, parse_config
@@ -304,7 +304,7 @@ _values = st.dictionaries(
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(_values)
 def test_arbitrary_values_raise_nothing_but_a_config_error(values: dict[str, str]) -> None:
     found: tuple[str, ...] = ()

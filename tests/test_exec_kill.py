@@ -54,7 +54,7 @@ async def test_a_timeout_kills_everything(killing: tuple[Daemon, str]) -> None:
     daemon, mark = killing
     stream = await run_family(daemon, mark, timeoutSeconds=0.5)
     exit_event = await stream.rest()
-    assert (exit_event["outcome"], exit_event["exitCode"], exit_event["reaped"]) == ("timeout", None, True)
+    assert (exit_event["outcome"], exit_event["exitCode"], exit_event["reaped"]) == ("timeout", None, True), daemon.logs
     assert await gone(mark, 0.1)
     await daemon.idle()
 

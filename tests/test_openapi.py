@@ -181,7 +181,7 @@ _bodies = st.fixed_dictionaries(
 _EXEC_REQUEST = validator("ExecRequest")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(_bodies)
 def test_the_document_and_the_parser_agree_on_any_body(body: dict[str, Any]) -> None:
     text = json.dumps(body)

@@ -125,7 +125,7 @@ class Program:
         self.id = secrets.token_hex(8)
         self.nonce = secrets.token_hex(8)
         self._handshake = Handshake(self.nonce)
-        self._stderr = tempfile.TemporaryFile()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed in __exit__)
         self._output = b""
         self.process = subprocess.Popen(
             wrapper_argv(self.id, self.nonce, grace),
@@ -314,7 +314,7 @@ def test_the_grace_is_rounded_up_to_whole_seconds(grace: float, seconds: str) ->
 # --- how commands end and what they get -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 7, 64, 124, 125, 126, 127, 128, 130, 137, 143, 254, 255])
+@pytest.mark.parametrize("code", [0, 1, 2, 64, 125, 126, 127, 128, 137, 143, 255])
 def test_the_exit_code_is_the_commands(shell: Path, code: int) -> None:
     assert run(shell, "sh", "-c", f"exit {code}").code == code
     assert run(shell, "sh", "-c", f"cat; exit {code}", stdin=b"x") == Result(code, b"x", b"")
@@ -409,7 +409,7 @@ _texts = st.text(_special | _no_nul, max_size=12)
 
 
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=13, deadline=None)
 @given(argv=st.lists(_texts, max_size=8))
 @example(
     argv=["-e", "--", "\n", "\n\n", "x\n", "$(touch /tmp/x)", "`x`", "*", "\\n", "\\", "\\\\", "'", '"', "%s", "", "%"]
@@ -500,10 +500,14 @@ def test_no_descriptor_but_the_three_is_inherited(shell: Path, stdin: bytes | No
 
 
 @pytest.mark.parametrize("stdin", [None, b"x"])
-def test_no_signal_is_ignored_or_blocked(shell: Path, stdin: bytes | None) -> None:
-    status = run(shell, "cat", "/proc/self/status", stdin=stdin).stdout.decode()
-    signals = dict(line.split(":\t") for line in status.splitlines() if line.startswith(("SigBlk", "SigIgn")))
-    assert signals == {"SigBlk": "0" * 16, "SigIgn": "0" * 16}
+def test_no_signal_is_ignored_or_blocked_that_was_not_before(shell: Path, stdin: bytes | None) -> None:
+    def signals(status: bytes) -> list[bytes]:
+        return [line for line in status.splitlines() if line.startswith((b"SigBlk", b"SigIgn"))]
+
+    bare = subprocess.run(["cat", "/proc/self/status"], capture_output=True, check=True, start_new_session=True)
+    wrapped = signals(run(shell, "cat", "/proc/self/status", stdin=stdin).stdout)
+    assert len(wrapped) == 2
+    assert wrapped == signals(bare.stdout)
 
 
 # --- standard input -------------------------------------------------------------------------------------------------
@@ -520,7 +524,7 @@ def test_an_empty_standard_input_is_a_pipe_that_ends(shell: Path) -> None:
 
 
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=13, deadline=None)
 @given(data=st.binary(max_size=64), times=st.sampled_from([1, 1, 3, 200]))
 @example(data=bytes(range(256)), times=1)
 @example(data=bytes(range(256)), times=40)
@@ -821,7 +825,7 @@ _words = st.sampled_from(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.lists(st.binary(max_size=8) | _words, max_size=12))
 @example([b"n0 ready ", b"9" * 4400, b" 1\n"])
 @example([b"n0 failed \xff\n"])
@@ -870,7 +874,7 @@ def test_anything_else_is_no_proof_that_nothing_is_left(line: bytes) -> None:
         parse_census("n0", line)
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.binary(max_size=30) | st.lists(_words, max_size=5).map(b"".join))
 def test_an_arbitrary_census_raises_nothing_but_a_protocol_error(line: bytes) -> None:
     for text in (line, b"n0 " + line):
