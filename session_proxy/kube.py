@@ -49,6 +49,9 @@ CLOSE_SECONDS = 1.0
 RETRY_SECONDS = 2.0
 """``Retry-After`` when the API server is away."""
 
+TLS_CLOSE_SECONDS = 0.1
+"""For TLS connections to say goodbye when the client is closed."""
+
 MAX_RESPONSE_BYTES = 16 << 20
 """Largest answer read; etcd objects end at 1.5 MiB, and lists are asked for in small pages."""
 
@@ -207,6 +210,8 @@ class KubeClient:
     async def close(self) -> None:
         """Close all connections."""
         await self._session.close()
+        # aiohttp returns before the TLS transports have ended (its documentation, "Graceful shutdown").
+        await asyncio.sleep(TLS_CLOSE_SECONDS)
 
     # --- pods -----------------------------------------------------------------------------------------------------
 

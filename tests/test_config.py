@@ -304,7 +304,7 @@ _values = st.dictionaries(
 )
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 @given(_values)
 def test_arbitrary_values_raise_nothing_but_a_config_error(values: dict[str, str]) -> None:
     found: tuple[str, ...] = ()

@@ -895,7 +895,7 @@ async def test_exec_connections_can_be_dropped(cluster: DevCluster, client: Clie
 @LINUX
 async def test_stopping_leaves_nothing_behind(tmp_path: Path) -> None:
     tasks = asyncio.all_tasks()
-    descriptors = set(os.listdir("/proc/self/fd"))
+    descriptors = set(os.listdir("/proc/self/fd"))  # noqa: PTH208
     cluster = DevCluster(root=tmp_path, faults=Faults(hang={"list pods"}))
     await cluster.start()
     cluster.add_pod(workspace_manifest(session="s1"))
@@ -925,7 +925,7 @@ async def test_stopping_leaves_nothing_behind(tmp_path: Path) -> None:
     assert not any(state(pid) in "RSD" for pid in pids)
     await asyncio.sleep(0)
     assert asyncio.all_tasks() == tasks
-    assert set(os.listdir("/proc/self/fd")) == descriptors
+    assert set(os.listdir("/proc/self/fd")) == descriptors  # noqa: PTH208
 
 
 async def test_a_failure_inside_is_raised_when_it_stops(tmp_path: Path) -> None:
