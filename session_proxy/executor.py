@@ -9,6 +9,7 @@ import contextlib
 import secrets
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -162,20 +163,22 @@ class Executor:
 
     async def _run(self, execution: Execution) -> None:
         try:
-            verdict = await _Run(self, execution, self._observer).verdict()
+            await _Run(self, execution, self._observer, self._finish).carry_out()
         except RefusedError as error:
             execution.refuse(error)
             self._observer.exec_refused(execution, error)
         except asyncio.CancelledError:
-            execution.reaped = False if execution.started else None
-            self._finish(execution, Verdict(Outcome.SHUTDOWN, error="the sidecar stopped before the command ended"))
+            self._give_up(execution, Verdict(Outcome.SHUTDOWN, error="the sidecar stopped before the command ended"))
             raise
         except Exception as error:  # a defect of ours must still give the client its one verdict
-            execution.reaped = False if execution.started else None
             name = type(error).__name__
-            self._finish(execution, Verdict(Outcome.LOST, reason="internal_error", error=f"internal error: {name}"))
+            self._give_up(execution, Verdict(Outcome.LOST, reason="internal_error", error=f"internal error: {name}"))
             raise
-        else:
+
+    def _give_up(self, execution: Execution, verdict: Verdict) -> None:
+        """Set the verdict of an exec that ended out of turn, unless it only had its stream left to close."""
+        if execution.verdict is None:
+            execution.reaped = False if execution.started else None
             self._finish(execution, verdict)
 
     def _finish(self, execution: Execution, verdict: Verdict) -> None:
@@ -189,8 +192,15 @@ class Executor:
 class _Run:
     """The way of one exec, from its admission to its verdict."""
 
-    def __init__(self, executor: Executor, execution: Execution, observer: Observer) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        execution: Execution,
+        observer: Observer,
+        finish: Callable[[Execution, Verdict], None],
+    ) -> None:
         self._executor = executor
+        self._finish = finish
         self._execution = execution
         self._observer = observer
         self._nonce = secrets.token_hex(8)
@@ -203,24 +213,27 @@ class _Run:
         self._congested = False
         self._last_output = 0.0
 
-    async def verdict(self) -> Verdict:
-        """Carry it out. Raises RefusedError when nothing ran."""
-        execution = self._execution
+    async def carry_out(self) -> None:
+        """Go the whole way; the verdict is told before the stream is closed. Raises RefusedError when nothing ran."""
         async with contextlib.AsyncExitStack() as stack:
-            opening = asyncio.create_task(self._open(stack))
-            first: set[asyncio.Future[Any]] = {opening, execution.stopped}
-            try:
-                await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
-                if not opening.done():
-                    # Not let through the gate yet: nothing runs, and nothing is left to reap.
-                    execution.reaped = True
-                    return execution.stopped.result()
-                target, stream, loss = opening.result()
-            except ExecStartError as error:
-                return Verdict(Outcome.FAILED, reason=error.reason, error=error.message)
-            finally:
-                await _cancel(opening)
-            return await self._carry_on(target, stream, loss)
+            self._finish(self._execution, await self._verdict(stack))
+
+    async def _verdict(self, stack: contextlib.AsyncExitStack) -> Verdict:
+        execution = self._execution
+        opening = asyncio.create_task(self._open(stack))
+        first: set[asyncio.Future[Any]] = {opening, execution.stopped}
+        try:
+            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+            if not opening.done():
+                # Not let through the gate yet: nothing runs, and nothing is left to reap.
+                execution.reaped = True
+                return execution.stopped.result()
+            target, stream, loss = opening.result()
+        except ExecStartError as error:
+            return Verdict(Outcome.FAILED, reason=error.reason, error=error.message)
+        finally:
+            await _cancel(opening)
+        return await self._carry_on(target, stream, loss)
 
     # --- until the gate -------------------------------------------------------------------------------------------
 

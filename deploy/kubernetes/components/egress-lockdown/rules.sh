@@ -25,7 +25,7 @@ is_number() { # VALUE LOW HIGH
 family() { # ADDRESS
 	case $1 in
 	*[!0-9A-Fa-f:.]* | '') return 1 ;;
-	*:*:*) echo ip6 ;;
+	*:*:*) echo ip6 && return ;;
 	*[!0-9.]* | *:*) return 1 ;;
 	*.*.*.*.* | *..* | .* | *.) return 1 ;;
 	*.*.*.*) ;;
