@@ -428,8 +428,8 @@ class _Reader:
                 if not batch:
                     break
                 await self._write(b"".join([encoder.output(stream, data) for stream, data in batch]))
-            await self._write(encoder.exit(self._execution.exit_event()))
-            await self._response.write_eof()
+            self._writing = True
+            await self._response.write_eof(encoder.exit(self._execution.exit_event()))
         finally:
             watching.cancel()
             await asyncio.wait({watching})

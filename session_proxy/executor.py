@@ -324,8 +324,7 @@ class _Run:
             return Verdict(Outcome.FAILED, reason=error.reason, error=error.message)
         finally:
             timers[0].cancel()
-            for task in tasks:
-                await _cancel(task)
+            await _cancel(*tasks)
 
     async def _ended(
         self, target: Target, stream: ExecStream, loss: Loss, pumping: "asyncio.Task[remotecommand.Status | None]"
@@ -494,9 +493,11 @@ async def _within(future: "asyncio.Future[Any]", seconds: float) -> bool:
     return future.done()
 
 
-async def _cancel(task: "asyncio.Task[Any]") -> None:
-    """Cancel a task and wait for its end; what it raised was looked at, or no longer matters."""
-    task.cancel()
-    await asyncio.wait({task})
-    if not task.cancelled():
-        task.exception()
+async def _cancel(*tasks: "asyncio.Task[Any]") -> None:
+    """Cancel tasks and wait for their end; what they raised was looked at, or no longer matters."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()
