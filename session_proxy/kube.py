@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import aiohappyeyeballs
 import aiohttp
 from yarl import URL
 
@@ -493,7 +492,7 @@ class WebSocketStream:
                 transport.abort()
 
 
-def _socket(address: aiohappyeyeballs.AddrInfoType) -> socket.socket:
+def _socket(address: Any) -> socket.socket:
     """Make the socket of a connection to the API server; its kernel buffer bounds what one read brings in."""
     family, kind, protocol, _, _ = address
     sock = socket.socket(family, kind, protocol)
