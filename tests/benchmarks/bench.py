@@ -212,6 +212,8 @@ async def measure(kubeconfig: Path, namespace: str, table: Table) -> None:
         await latency(bare, proxy, table)
         await throughput(bare, proxy, pid, table)
         await stalled(url, pid, table)
+        # The last budget of the design needs a client-go program, which this repository does not carry.
+        table.add("bulk, beside a Go client-go proxy", "not measured", "no slower, no more CPU")
 
 
 async def latency(bare: Bare, proxy: Client, table: Table) -> None:
