@@ -1206,15 +1206,22 @@ def _live_processes(mark: bytes, children: set[int]) -> set[int]:
 
 
 def _kill_and_wait(pids: Iterable[int]) -> None:
-    """Kill and wait a moment for each to be gone, which for SIGKILL is a matter of milliseconds."""
+    """Kill and wait a moment for each to be gone, which for SIGKILL is a matter of milliseconds.
+
+    All are stopped first. A pid namespace ends in one step; here a parent could see its child die, and exit by itself
+    with a code that looks like success, before its own turn comes.
+    """
     with contextlib.ExitStack() as stack:
         dying = []
         for pid in pids:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 fd = os.pidfd_open(pid)
                 stack.callback(os.close, fd)
-                signal.pidfd_send_signal(fd, signal.SIGKILL)
+                signal.pidfd_send_signal(fd, signal.SIGSTOP)
                 dying.append(fd)
+        for fd in dying:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                signal.pidfd_send_signal(fd, signal.SIGKILL)
         until = time.monotonic() + KILL_WAIT_SECONDS
         for fd in dying:
             poll = select.poll()
