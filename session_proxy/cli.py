@@ -1,4 +1,4 @@
-"""The command line: serve, dev, check, health."""
+"""The command line: serve, dev, check, health, session."""
 
 import argparse
 import http.client
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from session_proxy import __version__
+from session_proxy import __version__, session_spec
 from session_proxy.config import SETTINGS, Config, parse_config
 from session_proxy.errors import ConfigError
 from session_proxy.policy import Level, PolicySettings, validate_image_prefix
@@ -73,6 +73,14 @@ def build_parser() -> argparse.ArgumentParser:
     health.add_argument("--listen-addr", help="LISTEN_ADDR of the daemon")
     health.add_argument("--listen-socket", help="LISTEN_SOCKET of the daemon")
     health.add_argument("--listen-token-file", help="LISTEN_TOKEN_FILE of the daemon")
+
+    session = commands.add_parser(
+        "session",
+        help="create, show or remove a session on a cluster",
+        description="For the platform's side, with a kubeconfig of one's own: a runner pod with the sidecar, and the "
+        "workspace pod that it owns.",
+    )
+    session_spec.add_arguments(session)
     return parser
 
 
@@ -210,4 +218,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _dev(arguments, os.environ)
         case "check":
             return _check(arguments)
+        case "session":
+            from session_proxy import session  # noqa: PLC0415 (as above)
+
+            return session.run_session(vars(arguments), os.environ)
     return _health(arguments, os.environ)

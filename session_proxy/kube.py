@@ -274,6 +274,48 @@ class KubeClient:
         status = answer.get("status")
         return isinstance(status, dict) and status.get("allowed") is True
 
+    # --- any object -----------------------------------------------------------------------------------------------
+
+    async def call(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        body: Mapping[str, Any] | None = None,
+        content_type: str = "application/json",
+    ) -> tuple[int, Mapping[str, Any]]:
+        """Return HTTP status and object (or Status) of whatever the API server answers.
+
+        Raises KubeError only when it gives no answer, or none in JSON.
+        """
+        try:
+            async with (
+                asyncio.timeout(REQUEST_SECONDS),
+                self._session.request(
+                    method,
+                    self._url(path, query or {}),
+                    data=None if body is None else json.dumps(body).encode(),
+                    headers={"Accept": "application/json", "Content-Type": content_type, **await self._headers()},
+                    allow_redirects=False,
+                    server_hostname=self._tls_name,
+                    proxy=self._proxy,
+                ) as response,
+            ):
+                data = await response.read()
+                status = response.status
+        except TimeoutError:
+            raise KubeTimeoutError(f"the API server did not answer {method} {path} in time") from None
+        except (aiohttp.ClientError, OSError, ssl.SSLError) as error:
+            raise _unreachable(error) from None
+        try:
+            answer = json.loads(data)
+        except (ValueError, RecursionError):
+            answer = None
+        if not isinstance(answer, dict):
+            raise KubeUnavailableError(f"the API server answered {method} {path} with HTTP {status} and no JSON object")
+        return status, answer
+
     # --- exec -----------------------------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
