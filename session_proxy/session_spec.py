@@ -565,8 +565,10 @@ def workspace_pod(spec: SessionSpec, runner_uid: str) -> Manifest:
     metadata = _metadata(spec.name.workspace, spec.name, kind="workspace")
     # controller: a pod that has one is never adopted by a ReplicaSet whose labels it happens to match.
     metadata["ownerReferences"] = [owner_reference(spec.name, runner_uid, controller=True)]
-    pod_spec = {
-        **_pod_spec(spec, WORKSPACE_GRACE_SECONDS),
+    pod_spec = _pod_spec(spec, WORKSPACE_GRACE_SECONDS)
+    # For volumes that belong to root when they are new, as those of a PersistentVolumeClaim do.
+    pod_spec["securityContext"]["fsGroup"] = spec.workspace_uid
+    pod_spec |= {
         "containers": [container],
         "volumes": [
             {"name": "workspace", "emptyDir": {"sizeLimit": spec.workspace_storage}},
