@@ -19,11 +19,12 @@ $(STAMP): requirements-dev.lock pyproject.toml
 test: $(STAMP) ## Run the tests
 	$(BIN)/python -m pytest
 
-check: $(STAMP) ## Lint, types, import contracts
+check: $(STAMP) ## Lint, types, import contracts, manifests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m pytest --quiet tests/test_deploy.py tests/test_admission.py
 
 format: $(STAMP) ## Format the code
 	$(BIN)/ruff check --fix .
