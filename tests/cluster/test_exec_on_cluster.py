@@ -22,33 +22,16 @@ import pytest
 import structlog
 import yaml
 from conftest import NDJSON, Daemon, Stream
+from oncluster import FAMILY, NEEDS_CLUSTER, Json, kubectl, node_name
 
 from session_proxy import server
 from session_proxy.config import parse_config
 from session_proxy.devcluster import DevCluster, workspace_manifest
 
-pytestmark = [
-    pytest.mark.cluster,
-    pytest.mark.skipif("KUBECONFIG" not in os.environ, reason="KUBECONFIG names no cluster"),
-    pytest.mark.timeout(180),
-]
+pytestmark = [*NEEDS_CLUSTER, pytest.mark.timeout(180)]
 
-Json = dict[str, Any]
 SECONDS_TO_KILL = 3.0
 SECONDS_TO_NOTICE = 5.0
-
-
-def kubectl(*arguments: str, text: str | None = None, check: bool = True) -> str:
-    """Run kubectl; one more try, since the API server may just be restarting."""
-    done = subprocess.CompletedProcess[str]([], 1, "", "")
-    for wait in (0, 3):
-        time.sleep(wait)
-        done = subprocess.run(
-            ["kubectl", *arguments], input=text, capture_output=True, text=True, check=False, timeout=90
-        )
-        if done.returncode == 0 or not check:
-            return done.stdout
-    raise AssertionError(f"kubectl {arguments}: {done.stderr}")
 
 
 @dataclass
@@ -118,10 +101,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     kubectl("create", "namespace", namespace)
     try:
         owner = json.loads(kubectl("create", "configmap", "owner", "-n", namespace, "-o", "json"))["metadata"]["uid"]
-        node = kubectl("get", "nodes", "-o", "jsonpath={.items[0].metadata.name}")
         path = tmp_path_factory.mktemp("credentials") / "kubeconfig"
         service_account(namespace, path)
-        yield Cluster(namespace, owner, node, path)
+        yield Cluster(namespace, owner, node_name(), path)
     finally:
         kubectl("delete", "namespace", namespace, "--wait=false")
 
@@ -411,11 +393,6 @@ async def test_no_pod_a_terminating_one_and_a_crashed_one_are_refused(
 
 
 # --- kills ------------------------------------------------------------------------------------------------------------
-
-FAMILY = (
-    '(setsid sh -c \'trap "" TERM; while :; do sleep 0.1; done\' &) ; trap "" TERM; sleep 600 & echo ready; '
-    "while :; do sleep 0.1; done"
-)
 
 
 async def family(daemon: Daemon, mark: str, **members: Any) -> Stream:
