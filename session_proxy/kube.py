@@ -392,7 +392,12 @@ class KubeClient:
         return URL(f"{self._base}{path}", encoded=True).with_query(query)
 
     async def _headers(self) -> dict[str, str]:
-        token = await self._credentials.configuration.get_api_key_with_prefix("BearerToken")
+        configuration = self._credentials.configuration
+        try:
+            token = await configuration.get_api_key_with_prefix("BearerToken")
+        except Exception:  # noqa: BLE001 (a file that is not there, or empty; a plugin of a kubeconfig that fails)
+            # It was time to read it again, and it cannot be: the last one may still do, and if not, a 401 says so.
+            token = configuration.api_key.get("BearerToken")
         return {"Authorization": token.strip()} if token else {}
 
     async def _reload(self) -> None:
