@@ -63,7 +63,7 @@ def node_name() -> str:
 
 @functools.cache
 def session_proxy_image() -> str:
-    """The image of this project as the cluster knows it: SESSION_PROXY_IMAGE, or built from the Containerfile.
+    """The image of this project as the cluster knows it: SESSION_PROXY_IMAGE (with a tag), or built from the Containerfile.
 
     Skips the test when there is neither.
     """

@@ -150,7 +150,11 @@ def overlay(directory: Path, namespace: str) -> None:
     kustomization = {
         "namespace": namespace,
         "resources": [os.path.relpath(BASE, directory)],
-        "images": [{"name": "localhost/session-proxy", "newName": image, "newTag": tag}],
+        "images": [
+            {"name": "localhost/session-proxy", "newName": image, "newTag": tag},
+            # Some shell: this one is in every test cluster.
+            {"name": "localhost/runner", "newName": "localhost/workspace", "newTag": "dev"},
+        ],
         "patches": [
             {"target": {"kind": "Pod"}, "patch": json.dumps(everywhere)},
             {"target": runner, "patch": json.dumps(of_runner)},
