@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import ssl
 import stat
@@ -25,6 +24,7 @@ import aiohttp
 import pytest
 import trustme
 from aiohttp import WSMsgType
+from kustomize import installed
 
 from session_proxy.devcluster import MAX_HISTORY_EVENTS, V4, V5, DevCluster, Faults, Json, workspace_manifest
 
@@ -1138,7 +1138,7 @@ class Kubectl:
 
     async def start(self, *arguments: str) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(
-            "kubectl",
+            installed("kubectl"),
             f"--kubeconfig={self._config}",
             f"--cache-dir={self._config.parent / 'cache'}",
             *arguments,
@@ -1169,8 +1169,6 @@ async def served(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
 
 @pytest.fixture
 def kubectl(served: DevCluster, tmp_path: Path) -> Kubectl:
-    if shutil.which("kubectl") is None:
-        pytest.skip("there is no kubectl")
     return Kubectl(served.write_kubeconfig(tmp_path / "kubeconfig"))
 
 
@@ -1197,12 +1195,10 @@ async def test_kubectl_shows_why_a_command_does_not_start(kubectl: Kubectl) -> N
     assert code == 1
     assert err.startswith("error: Internal error occurred: ")
     assert err.endswith('exec: "nope": executable file not found in $PATH: unknown\n')
-    message = "container nope is not valid for pod workspace"
-    assert await kubectl("exec", "workspace", "-c", "nope", "--", "true") == (
-        1,
-        "",
-        f"Error from server (BadRequest): {message}\n",
-    )
+    code, _, err = await kubectl("exec", "workspace", "-c", "nope", "--", "true")
+    assert code == 1
+    # kubectl asks for the pod first and says it itself; earlier releases let the server say it.
+    assert "container nope is not valid for pod workspace" in err
 
 
 async def test_kubectl_asks_what_it_may_do(served: DevCluster, kubectl: Kubectl) -> None:
@@ -1222,10 +1218,8 @@ async def test_kubectl_watches_and_deletes(served: DevCluster, kubectl: Kubectl)
         async with asyncio.timeout(2 * SECONDS):
             assert (await watching.stdout.readline()).split()[2] == b"Running"
             await eventually(lambda: ("watch", "pods") in served.requests)
-            assert (await kubectl("delete", "pod", "workspace", "--grace-period=1"))[:2] == (
-                0,
-                'pod "workspace" deleted\n',
-            )
+            code, out, _ = await kubectl("delete", "pod", "workspace", "--grace-period=1")
+            assert (code, out.startswith('pod "workspace" deleted')) == (0, True)
             assert (await watching.stdout.readline()).split()[2] == b"Terminating"
     finally:
         watching.kill()
