@@ -17,7 +17,7 @@ $(STAMP): requirements-dev.lock pyproject.toml
 	@touch $@
 
 test: $(STAMP) ## Run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 4 --dist worksteal  # they mostly wait
 
 check: $(STAMP) ## Lint, types, import contracts, manifests
 	$(BIN)/ruff check .
