@@ -1,5 +1,5 @@
 #!/bin/sh
-# Gathers a root file system that holds nft, the libraries it needs, busybox as sh, and rules.sh: rootfs.sh DIRECTORY
+# Gathers a root file system that holds nft, the libraries it needs, rules.sh, and busybox for it: rootfs.sh DIRECTORY
 # Wants nft and a static busybox to be installed (Debian: nftables, busybox-static).
 set -eu
 
@@ -12,7 +12,7 @@ busybox=$(command -v busybox) || { echo "rootfs.sh: busybox is not installed" >&
 mkdir -p "$root/bin" "$root/etc" "$root/lib64"
 cp -L "$nft" "$root/bin/nft"
 cp -L "$busybox" "$root/bin/busybox"
-ln -sf busybox "$root/bin/sh"
+for applet in sh grep head; do ln -sf busybox "$root/bin/$applet"; done # all that rules.sh uses
 # Libraries stay where the loader looks for them; a merged /usr is followed by its own links.
 ldd "$nft" | while read -r name arrow path _; do
 	case $name in
