@@ -5,18 +5,23 @@ addresses, one veth between the two, nothing beyond them.
 """
 
 import contextlib
-import json
 import os
 import secrets
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from reachability import PROBE, SERVER, Attempt, answered, asked, everywhere
+
+from session_proxy.devcluster import workspace_manifest
+from session_proxy.policy import Level, PolicySettings, evaluate
 
 RULES = Path(__file__).parents[1] / "deploy/kubernetes/components/egress-lockdown/rules.sh"
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
@@ -32,78 +37,7 @@ SIDECAR, RUNNER, ROOT = 65532, 10001, 0
 POD4, POD6 = "198.51.100.2", "2001:db8::2"
 OUT4, OUT6 = "198.51.100.1", "2001:db8::1"
 API = f"{OUT4}:443 [{OUT6}]:443"
-AT_ONCE = 1.0
 NOT_ROOTS = "setpriv --bounding-set=-all --inh-caps=-all"
-
-# Answers with what came, on every port it is given, over TCP, UDP, IPv4 and IPv6.
-SERVER = """
-import selectors, socket, sys
-ports = map(int, sys.argv[1:])
-selector = selectors.DefaultSelector()
-for port in ports:
-    for family, host in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
-        for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
-            server = socket.socket(family, kind)
-            if family == socket.AF_INET6:
-                server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            server.bind((host, port))
-            if kind == socket.SOCK_STREAM:
-                server.listen(64)
-            selector.register(server, selectors.EVENT_READ)
-print("ready", flush=True)
-while True:
-    for key, _ in selector.select():
-        if key.fileobj.type == socket.SOCK_DGRAM:
-            data, peer = key.fileobj.recvfrom(2000)
-            key.fileobj.sendto(data, peer)
-            continue
-        stream, _ = key.fileobj.accept()
-        stream.settimeout(2)
-        stream.sendall(stream.recv(2000))
-        stream.close()
-"""
-
-# Tries each [kind, host, port, source port], and tells what came of it and how long it took.
-PROBE = """
-import json, os, socket, sys, time, errno
-user, attempts = json.loads(sys.argv[1])
-if user:
-    os.setgroups([])
-    os.setresgid(user, user, user)
-    os.setresuid(user, user, user)
-def attempt(kind, host, port, source):
-    version6 = ":" in host
-    family = socket.AF_INET6 if version6 else socket.AF_INET
-    if kind == "tcp":
-        probe = socket.socket(family, socket.SOCK_STREAM)
-        message = b"x"
-    elif kind == "udp":
-        probe = socket.socket(family, socket.SOCK_DGRAM)
-        message = b"x"
-    else:
-        protocol = socket.IPPROTO_ICMPV6 if version6 else socket.IPPROTO_ICMP
-        probe = socket.socket(family, socket.SOCK_DGRAM, protocol)
-        message = bytes([128 if version6 else 8, 0, 0, 0, 0, 0, 0, 1]) + b"x"
-    with probe:
-        probe.settimeout(2)
-        if source:
-            probe.bind(("", source))
-        probe.connect((host, port))
-        probe.sendall(message)
-        return "open" if probe.recv(2000) else "closed"
-results = []
-for one in attempts:
-    began = time.monotonic()
-    try:
-        result = attempt(*one)
-    except TimeoutError:
-        result = "silence"
-    except OSError as error:
-        result = errno.errorcode[error.errno]
-    results.append([result, time.monotonic() - began])
-print(json.dumps(results))
-"""
 
 
 def run(*command: str, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -111,22 +45,6 @@ def run(*command: str, check: bool = True, **options: Any) -> subprocess.Complet
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20, env=env, **options)
     assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
     return done
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """Something to try, and whether an answer came."""
-
-    kind: str
-    host: str
-    port: int
-    source: int = 0
-
-
-def everywhere(*ports: int, hosts: Sequence[str] = (OUT4, OUT6)) -> list[Attempt]:
-    """Every port over TCP and UDP, and an echo request, at every host."""
-    tries = [Attempt(kind, host, port) for host in hosts for port in ports for kind in ("tcp", "udp")]
-    return tries + [Attempt("icmp", host, 0) for host in hosts]
 
 
 @dataclass(frozen=True)
@@ -150,18 +68,10 @@ class Network:
 
     def open(self, user: int, attempts: Sequence[Attempt], namespace: str = "") -> set[Attempt]:
         """Return those that were answered; what was not must have failed at once, not by a timeout."""
-        tries = [(one.kind, one.host, one.port, one.source) for one in attempts]
-        command = [sys.executable, "-c", PROBE, json.dumps([user, tries])]
+        command = [sys.executable, "-c", PROBE, asked(attempts, user)]
         if user == ROOT:
             command = [*NOT_ROOTS.split(), *command]
-        results = json.loads(self.inside(*command, namespace=namespace))
-        answered = set()
-        for one, (result, seconds) in zip(attempts, results, strict=True):
-            if result == "open":
-                answered.add(one)
-            else:
-                assert seconds < AT_ONCE, (one, result, seconds)
-        return answered
+        return answered(attempts, self.inside(*command, namespace=namespace))
 
 
 @contextlib.contextmanager
@@ -218,7 +128,7 @@ def joined(namespaces: None) -> Iterator[Network]:
 
 # --- who reaches what -------------------------------------------------------------------------------------------------
 
-OUTSIDE = everywhere(53, 443, 6443)
+OUTSIDE = everywhere((OUT4, OUT6), 53, 443, 6443, ping=True)
 API_SERVER = {Attempt("tcp", OUT4, 443), Attempt("tcp", OUT6, 443)}
 
 
@@ -298,14 +208,14 @@ def test_an_api_server_that_no_router_knows_is_known_to_be_away_at_once(network:
 
 def test_loopback_is_everyones(network: Network) -> None:
     network.load()
-    here = everywhere(8080, hosts=("127.0.0.1", "::1", POD4, POD6))
+    here = everywhere(("127.0.0.1", "::1", POD4, POD6), 8080, ping=True)
     with answering(network.pod, 8080):
         for user in (SIDECAR, RUNNER, ROOT):
             assert network.open(user, here) == set(here)
 
 
 def test_nobody_outside_reaches_the_pod(network: Network) -> None:
-    there = everywhere(8080, hosts=(POD4, POD6))
+    there = everywhere((POD4, POD6), 8080, ping=True)
     with answering(network.pod, 8080):
         assert network.open(RUNNER, there, network.outside) == {one for one in there if one.kind != "icmp"}
         network.load()
@@ -333,6 +243,53 @@ def test_the_pod_is_no_router(network: Network) -> None:
     assert forwarded()
     network.load()
     assert not forwarded()
+
+
+@pytest.mark.parametrize(
+    ("report", "group"),
+    [
+        (
+            "meta l4proto igmp",
+            f"0, socket.IP_ADD_MEMBERSHIP, socket.inet_aton('239.1.2.3') + socket.inet_aton('{POD4}')",
+        ),
+        (
+            "icmpv6 type mld2-listener-report",
+            "socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP, socket.inet_pton(socket.AF_INET6, 'ff05::1234') + bytes(4)",
+        ),
+    ],
+    ids=["igmp", "mld"],
+)
+def test_joining_a_group_tells_nobody(network: Network, report: str, group: str) -> None:
+    watch = f"""
+        add table inet watch
+        delete table inet watch
+        table inet watch {{
+            chain made {{ type filter hook output priority -10; {report} counter; }}
+            chain sent {{ type filter hook postrouting priority 0; {report} counter; }}
+        }}
+    """
+    join = (
+        f"import os, socket; os.setresuid({RUNNER}, {RUNNER}, {RUNNER});"
+        f" s = socket.socket(socket.AF_INET{'6' if 'mld' in report else ''}, socket.SOCK_DGRAM);"
+        f" s.setsockopt({group}); print('ready', flush=True); input()"
+    )
+
+    def packets(chain: str) -> int:
+        return int(network.inside("nft", "list", "chain", "inet", "watch", chain).split("packets ")[1].split()[0])
+
+    def sent() -> bool:
+        """Join the group, wait until the kernel has made a report of it, and see whether that leaves."""
+        network.inside("nft", watch)
+        with python_in(network.pod, join):
+            deadline = time.monotonic() + 5
+            while not packets("made"):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            return packets("sent") > 0
+
+    assert sent()
+    network.load()
+    assert not sent()
 
 
 # --- undoing it -------------------------------------------------------------------------------------------------------
@@ -365,6 +322,27 @@ def test_loading_again_replaces_the_endpoints(network: Network) -> None:
     network.load()
     network.load(API_ENDPOINTS=f"{OUT4}:6443")
     assert network.open(SIDECAR, OUTSIDE) == {Attempt("tcp", OUT4, 6443)}
+
+
+# --- what it takes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("level", "refused"),
+    [
+        (Level.RESTRICTED, ["runAsNonRoot", "runAsUser", "capabilities_restricted"]),
+        (Level.BASELINE, ["capabilities_baseline"]),
+        (Level.PRIVILEGED, []),
+    ],
+)
+def test_no_pod_security_level_below_privileged_admits_the_init_container(level: Level, refused: list[str]) -> None:
+    (patch,) = yaml.safe_load((RULES.parent / "network-init.yaml").read_text())
+    pod = workspace_manifest(session="s1")
+    pod["spec"]["initContainers"] = [patch["value"]]
+    violations = evaluate(pod, PolicySettings(level=level, container="workspace"))
+    assert [violation.rule for violation in violations] == refused
+    labels = yaml.safe_load((RULES.parent / "namespace.yaml").read_text())["metadata"]["labels"]
+    assert labels["pod-security.kubernetes.io/enforce"] == "privileged"
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
