@@ -15,14 +15,13 @@ What is rendered from deploy/kubernetes runs as it is, with these differences, w
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import secrets
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,20 +31,18 @@ from typing import Any
 
 import pytest
 import yaml
+from oncluster import NEEDS_CLUSTER, ROOT, Json, build_image, kubectl, node_name, server_minor, session_proxy_image
 from reachability import PROBE, SERVER, Attempt, answered, asked, everywhere
 
+# The images are made in a fixture, which has bounds of its own.
 pytestmark = [
-    pytest.mark.cluster,
-    pytest.mark.skipif("KUBECONFIG" not in os.environ, reason="KUBECONFIG names no cluster"),
+    *NEEDS_CLUSTER,
     pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces are root's to make"),
-    pytest.mark.timeout(180),
+    pytest.mark.timeout(180, func_only=True),
 ]
 
-Json = dict[str, Any]
-TREE = Path(__file__).parents[2]
-KUBERNETES = TREE / "deploy" / "kubernetes"
+KUBERNETES = ROOT / "deploy" / "kubernetes"
 COMPONENT = KUBERNETES / "components" / "egress-lockdown"
-TOOLS = Path(os.environ.get("CLUSTER_TOOLS", TREE.parent / "shared" / "cluster"))
 WORKSPACE_IMAGE = os.environ.get("WORKSPACE_IMAGE", "localhost/workspace:dev")
 SECONDS_TO_START = 60
 LOCKED, OPEN, NEIGHBOUR = "demo-runner", "open-demo-runner", "neighbour"
@@ -53,51 +50,15 @@ PORT = 7000
 NOT_STARTED = "; the pod is not started"
 
 
-def kubectl(*arguments: str, text: str | None = None, check: bool = True) -> str:
-    done = subprocess.run(
-        ["kubectl", *arguments], input=text, capture_output=True, text=True, check=False, timeout=SECONDS_TO_START + 30
-    )
-    assert done.returncode == 0 or not check, f"kubectl {arguments}: {done.stdout}{done.stderr}"
-    return done.stdout + ("" if check else done.stderr)
-
-
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
-def build(context: Path, name: str, base: str) -> str:
-    """Build an image and load it into the cluster."""
-    if not (TOOLS / "load").exists():
-        pytest.skip(f"{name}: no image is named, and {TOOLS} has no tools to load one")
-    reference = f"localhost/{name}:egress"
-    env = os.environ | {"CONTAINERS_CONF": str(TOOLS / "containers.conf")}
-
-    def step(*command: str) -> None:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, env=env)
-        assert done.returncode == 0, f"{command}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
-
-    if (
-        not shutil.which("podman")
-        or subprocess.run(["podman", "image", "exists", base], check=False, env=env).returncode
-    ):
-        step(str(TOOLS / "base-image"), base)
-    step("podman", "build", "--network", "host", "-t", reference, str(context))
-    with tempfile.TemporaryDirectory() as directory:
-        step("podman", "save", "-o", f"{directory}/image.tar", reference)
-        step(str(TOOLS / "load"), f"{directory}/image.tar")
-    return reference
-
-
-@pytest.fixture(scope="module")
-def proxy_image() -> str:
-    return os.environ.get("SESSION_PROXY_IMAGE") or build(
-        TREE, "session-proxy", "docker.io/library/python:3.11-slim-bookworm"
-    )
-
-
-@pytest.fixture(scope="module")
+@functools.cache
 def network_init_image() -> str:
-    return os.environ.get("NETWORK_INIT_IMAGE") or build(
-        COMPONENT, "session-proxy-network-init", "docker.io/library/debian:12-slim"
+    """The component's image as the cluster knows it: NETWORK_INIT_IMAGE (with a tag), or built here."""
+    given = os.environ.get("NETWORK_INIT_IMAGE")
+    return given or build_image(
+        COMPONENT, "localhost/session-proxy-network-init", base="docker.io/library/debian:12-slim"
     )
 
 
@@ -116,10 +77,10 @@ def rendered(directory: Path, namespace: str, **members: Any) -> list[Json]:
     return list(yaml.safe_load_all(kubectl("kustomize", str(directory))))
 
 
-def for_this_cluster(pod: Json, images: dict[str, str], *, node: str, native_sidecars: bool) -> Json:
+def for_this_cluster(pod: Json, images: dict[str, str]) -> Json:
     """Put a pod on a node that no scheduler chooses, in little room, its sidecar as the release can have it."""
     spec = pod["spec"]
-    if not native_sidecars and (init := spec.get("initContainers")):
+    if server_minor() < 29 and (init := spec.get("initContainers")):
         sidecars = [each for each in init if each.pop("restartPolicy", None)]
         spec["initContainers"] = [each for each in init if each not in sidecars]
         spec["containers"] += sidecars
@@ -127,7 +88,7 @@ def for_this_cluster(pod: Json, images: dict[str, str], *, node: str, native_sid
         container["image"] = images.get(container["name"], container["image"])
         container["imagePullPolicy"] = "Never"
         container["resources"]["requests"] = {"cpu": "10m", "memory": "16Mi"}
-    spec |= {"nodeName": node, "terminationGracePeriodSeconds": 0}
+    spec |= {"nodeName": node_name(), "terminationGracePeriodSeconds": 0}
     return pod
 
 
@@ -214,8 +175,20 @@ class Pods:
         found: Json = json.loads(kubectl("get", "pod", name, "-n", self.namespace, "-o", "json"))
         return found
 
-    def exec(self, pod: str, container: str, *command: str, check: bool = True) -> str:
-        return kubectl("exec", pod, "-n", self.namespace, "-c", container, "--", *command, check=check)
+    def exec(self, pod: str, container: str, *command: str) -> str:
+        return kubectl("exec", pod, "-n", self.namespace, "-c", container, "--", *command)
+
+    def refusal(self, pod: str, container: str, *command: str) -> str:
+        """Run a command that must fail; return what it says."""
+        done = subprocess.run(
+            ["kubectl", "exec", pod, "-n", self.namespace, "-c", container, "--", *command],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=30,
+        )
+        assert done.returncode
+        return done.stderr
 
     def reaches(self, pod: str, container: str, attempts: list[Attempt]) -> set[Attempt]:
         return answered(attempts, self.exec(pod, container, "python3", "-c", PROBE, asked(attempts)))
@@ -296,23 +269,19 @@ def api_server() -> tuple[str, int]:
 
 @pytest.fixture(scope="module")
 def pods(
-    proxy_image: str,
-    network_init_image: str,
     outside: Outside,
     echo_at_the_api_server: None,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Pods]:
     namespace = f"session-proxy-egress-{secrets.token_hex(3)}"
-    version = json.loads(kubectl("version", "-o", "json"))["serverVersion"]["gitVersion"]
-    node = kubectl("get", "nodes", "-o", "jsonpath={.items[0].metadata.name}")
-    native_sidecars = int(version.split(".")[1]) >= 29
+    proxy, network_init = session_proxy_image(), network_init_image()
 
     def fitted(pod: Json) -> Json:
-        images = {"session-proxy": proxy_image, "runner": proxy_image, "workspace": WORKSPACE_IMAGE}
-        return for_this_cluster(pod, images, node=node, native_sidecars=native_sidecars)
+        images = {"session-proxy": proxy, "runner": proxy, "workspace": WORKSPACE_IMAGE}
+        return for_this_cluster(pod, images)
 
     directory = tmp_path_factory.mktemp("overlay")
-    repository, _, tag = network_init_image.rpartition(":")
+    repository, _, tag = network_init.rpartition(":")
     with_it = rendered(
         directory,
         namespace,
@@ -322,9 +291,9 @@ def pods(
     without = [each for each in rendered(directory, namespace, namePrefix="open-") if each["kind"] != "Namespace"]
     without = [each for each in without if each["metadata"]["name"] != "open-demo-workspace"]
     extras = [
-        container("root", proxy_image, ["sleep", "infinity"], 0),
-        container("nft-root", network_init_image, ["busybox", "sleep", "infinity"], 0),
-        container("nft-runner", network_init_image, ["busybox", "sleep", "infinity"], 10001),
+        container("root", proxy, ["sleep", "infinity"], 0),
+        container("nft-root", network_init, ["busybox", "sleep", "infinity"], 0),
+        container("nft-runner", network_init, ["busybox", "sleep", "infinity"], 10001),
     ]
     objects = with_it + without
     for each in objects:
@@ -337,7 +306,7 @@ def pods(
             runner["command"] = ["python3", "-c", SERVER, str(PORT)]
             each["spec"]["containers"] += json.loads(json.dumps(extras))
     locked = next(each for each in objects if each["metadata"]["name"] == LOCKED and each["kind"] == "Pod")
-    for_neighbour = container("runner", proxy_image, ["python3", "-c", SERVER, str(PORT)], 10001)
+    for_neighbour = container("runner", proxy, ["python3", "-c", SERVER, str(PORT)], 10001)
     neighbour = {
         "apiVersion": "v1",
         "kind": "Pod",
@@ -419,7 +388,7 @@ def test_no_rule_can_be_changed_or_read(pods: Pods, who: str) -> None:
         "add chain inet session_proxy_egress output { policy accept; }",
         "list ruleset",
     ):
-        assert "Operation not permitted" in pods.exec(LOCKED, who, "nft", command, check=False)
+        assert "Operation not permitted" in pods.refusal(LOCKED, who, "nft", command)
     assert pods.reaches(LOCKED, "runner", pods.elsewhere()) == set()
 
 
