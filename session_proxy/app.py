@@ -32,6 +32,7 @@ from session_proxy.errors import (
 )
 from session_proxy.execution import Execution, Outcome
 from session_proxy.executor import Executor
+from session_proxy.limits import OutputBuffer
 from session_proxy.readiness import Readiness
 from session_proxy.workspace import Workspace
 
@@ -417,22 +418,23 @@ class _Reader:
         watching = asyncio.create_task(self._watch())
         try:
             await self._write(encoder.start(start))
-            while True:
-                try:
-                    # A deadline costs; there is none while output waits to be taken.
-                    async with asyncio.timeout(None if output.readable else self._settings.heartbeat_seconds):
-                        batch = await output.take()
-                except TimeoutError:
-                    await self._write(encoder.ping())
-                    continue
-                if not batch:
-                    break
+            while batch := await self._next(output, encoder):
                 await self._write(b"".join([encoder.output(stream, data) for stream, data in batch]))
             self._writing = True
             await self._response.write_eof(encoder.exit(self._execution.exit_event()))
         finally:
             watching.cancel()
             await asyncio.wait({watching})
+
+    async def _next(self, output: OutputBuffer, encoder: wire.Encoder) -> list[tuple[str, bytes]]:
+        """Take output, pinging while there is none. A deadline costs: there is none where it would change nothing."""
+        while encoder.pings and not output.readable:
+            try:
+                async with asyncio.timeout(self._settings.heartbeat_seconds):
+                    return await output.take()
+            except TimeoutError:
+                await self._write(encoder.ping())
+        return await output.take()
 
     async def _write(self, data: bytes) -> None:
         if not data:

@@ -291,7 +291,7 @@ class _Run:
         loop = asyncio.get_running_loop()
         execution.let_go()
         self._observer.exec_started(execution)
-        self._last_output = loop.time()
+        self._last_output = time.monotonic()
         sending = asyncio.create_task(self._send(stream))
         pumping = asyncio.create_task(self._pump(stream))
         beating = asyncio.create_task(self._heartbeat(stream))
@@ -401,7 +401,7 @@ class _Run:
                 self._congested = True
                 await output.room()
                 self._congested = False
-                self._last_output = asyncio.get_running_loop().time()
+                self._last_output = time.monotonic()
         return None
 
     def _take(self, channel: Channel, data: bytes) -> bool:
@@ -413,7 +413,7 @@ class _Run:
             self._command_seen = self._command_seen or not self._executor.settings.wrapped
         if self._muted or not data:
             return True
-        self._last_output = asyncio.get_running_loop().time()
+        self._last_output = time.monotonic()
         if "first_byte" not in execution.stages:
             execution.stage("first_byte")
         limit = execution.request.max_output_bytes
@@ -455,8 +455,7 @@ class _Run:
 
     async def _idle(self, seconds: float) -> None:
         """End the exec when it prints nothing for so long. Waiting for a slow reader is not silence."""
-        loop = asyncio.get_running_loop()
-        while (left := self._last_output + seconds - loop.time()) > 0 or self._congested:  # noqa: ASYNC110 (a deadline that moves with every byte)
+        while (left := self._last_output + seconds - time.monotonic()) > 0 or self._congested:  # noqa: ASYNC110 (a deadline that moves with every byte)
             await asyncio.sleep(max(left, seconds / 10))
         self._execution.end(Outcome.IDLE_TIMEOUT, error=f"the command printed nothing for {seconds:g} s")
 

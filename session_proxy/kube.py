@@ -5,6 +5,7 @@ cost 35 MiB and drop fields newer than they are, and its websocket client loses 
 """
 
 import asyncio
+import asyncio.sslproto
 import contextlib
 import importlib.util
 import json
@@ -60,8 +61,9 @@ MAX_ERROR_BYTES = 65_536
 MAX_MESSAGE_BYTES = 1 << 20
 """Largest websocket message; the API server sends at most 32 KiB and a byte."""
 
-RECEIVE_BUFFER_BYTES = 65_536
-"""The kernel's buffer of one connection to the API server (Linux doubles it)."""
+RECEIVE_BUFFER_BYTES = 262_144
+"""The kernel's buffer of one connection to the API server (Linux doubles it). A smaller one shuts the TCP window after
+every read, and then both ends wake up for each piece."""
 
 LIST_LIMIT = 20
 """Pods asked for: more than one is a refusal already, and the rest may be terminating."""
@@ -75,6 +77,13 @@ choice. It has no setting for this, so the constant of its websocket client is s
 ever stops to work."""
 
 aiohttp.client.DEFAULT_CHUNK_SIZE = READ_AHEAD_BYTES  # type: ignore[attr-defined]
+
+TLS_READ_BYTES = 131_072
+"""The most that one read from a TLS connection brings in, and what asyncio allocates for each 16 KiB record in it.
+Its own choice, twice that, costs every stalled stream more and makes malloc fault pages in anew with every read. There
+is no setting for this either."""
+
+asyncio.sslproto.SSLProtocol.max_size = TLS_READ_BYTES
 
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 

@@ -284,6 +284,8 @@ class Encoder(Protocol):
     """Turns the events of one stream into bytes. An instance serves one stream."""
 
     content_type: str
+    pings: bool
+    """Whether the format has a sign of life."""
 
     def start(self, event: Start) -> bytes:
         """Encode the first event."""
@@ -302,6 +304,7 @@ class TextEncoder:
     """Output verbatim, then the exit record as the last line."""
 
     content_type = "text/plain; charset=utf-8"
+    pings = False
 
     def start(self, event: Start) -> bytes:
         """Nothing: the identifiers are in the headers."""
@@ -335,6 +338,7 @@ class _EventEncoder:
     """
 
     content_type = ""
+    pings = True
 
     def __init__(self) -> None:
         self._seq = 0
