@@ -88,7 +88,8 @@ _PROCESS_TITLE = "session-proxy-exec:"
 _WRAPPER_SOURCE = r"""
 _pn=$1 _pg=$2 _pk= _ps=0
 exec 3<&0 4>&2 </dev/null 2>/dev/null
-trap _pk=1 TERM
+trap : HUP INT QUIT USR1 USR2 ALRM TERM
+trap _pk=1 URG
 export SESSION_PROXY_EXEC_ID="${0#*:}"
 { read -r _ps <"/proc/$$/stat" && _ps=${_ps##*) } && set -- $_ps && _ps=${20}; } || _ps=0
 echo "$_pn ready $$ $_ps"
@@ -124,9 +125,11 @@ esac
 [ -z "$1" ] || cd -P -- "$1" || say cwd_not_found
 shift
 watch() {
-  trap '' TERM
+  trap '' HUP INT QUIT USR1 USR2 ALRM TERM
   SESSION_PROXY_EXEC_ID=watch$SESSION_PROXY_EXEC_ID
   IFS= read -r _pl <&3
+  trap 'kill -s KILL -- "-$$"' EXIT
+  kill -s URG "$$"
   kill -s TERM -- "-$$"
   if command -v sleep >/dev/null; then sleep "$_pg.5" || sleep "$((_pg+1))"; else
     read -r _pa _pb </proc/uptime; _pc=$((${_pa%.*}+_pg))
@@ -168,8 +171,10 @@ wait "$_pw"
 exit "$_pc"
 """
 
-# What is older than the wrapper cannot be the command's. Reading with built-ins takes a system call a byte; where the
-# image has grep, that finds what is worth reading, and only the wrapper's own session is read further.
+# What is older than the wrapper cannot be the command's, nor what has no memory: a process that has just ended, or a
+# kernel thread (where they are visible, new ones appear at any time and cannot be read). Reading with built-ins takes a
+# system call a byte; where the image has grep, that finds what is worth reading, and only the wrapper's own session is
+# read further.
 #
 # $0 nonce, $1 exec id, $2 the wrapper's pid, $3 its start time in clock ticks. One line in, one scan, one line out:
 # "<nonce> <processes of the command> <the wrapper's own> <that cannot be read>". TERM leaves the wrapper's own group
@@ -187,7 +192,7 @@ marked() {
 }
 look() {
   set -- $t
-  [ "$1" != Z ] && [ "$1" != X ] && [ "${20}" -ge "$begin" ] || return
+  [ "$1" != Z ] && [ "$1" != X ] && [ "${20}" -ge "$begin" ] && [ "${21}" != 0 ] || return
   if marked; then :
   elif [ "$p" = "$leader" ] || [ "$4" = "$leader" ]; then
     if has "session-proxy-exec:$id" <"$d/cmdline" || has "SESSION_PROXY_EXEC_ID=watch$id" <"$d/environ"; then

@@ -659,6 +659,45 @@ def path(request: pytest.FixtureRequest) -> str:
     return os.environ["PATH"] if request.param == "tools" else "/nosuch"
 
 
+def kernel_thread() -> Path | None:
+    """One that starts after most processes did, where kernel threads are visible."""
+    threads = [path for path in Path("/proc").glob("[0-9]*") if not memory_of(path) and state_of(path) not in "ZX"]
+    return max(threads, key=start_of, default=None)
+
+
+def fields_of(process: Path) -> list[str]:
+    """Fields of /proc/PID/stat from the third on, proc_pid_stat(5)."""
+    with contextlib.suppress(OSError):
+        return (process / "stat").read_text().rpartition(") ")[2].split()
+    return ["X", *["0"] * 49]
+
+
+def state_of(process: Path) -> str:
+    return fields_of(process)[0]
+
+
+def start_of(process: Path) -> int:
+    return int(fields_of(process)[19])
+
+
+def memory_of(process: Path) -> int:
+    return int(fields_of(process)[20])
+
+
+def test_a_kernel_thread_is_no_process_that_cannot_be_read(shell: Path, path: str) -> None:
+    """They cannot be on some kernels (ESRCH), and a new one would make a verified kill an unverified one."""
+    thread = kernel_thread()
+    if thread is None:
+        pytest.skip("no kernel thread is visible here")
+    with Program(shell) as program:
+        program.go("sleep", "300")
+        with Reaper(shell, program.id, Ready(program.ready.pid, start_of(thread)), path) as reaper:
+            # Other processes come and go; one that is just ending may count once.
+            assert any(reaper.scan("LOOK").unreadable == 0 for _ in range(20))
+        program.close_stdin()
+        program.finish()
+
+
 @pytest.fixture
 def bystander() -> Iterator[subprocess.Popen[bytes]]:
     """A process that has nothing to do with any exec, but started after it."""
@@ -930,3 +969,29 @@ def test_a_payload_has_a_line_for_everything_in_it(
         assert tail == [b"-"]
     else:
         assert tail == [b"stdin %d" % (len(tail[1]) + 1), escape_bytes(stdin) + b"n0"]
+
+
+@pytest.mark.parametrize("stdin", [None, b"x"], ids=["no-stdin", "stdin"])
+@pytest.mark.parametrize("name", ["TERM", "HUP", "INT", "QUIT", "USR1", "USR2", "ALRM"])
+def test_a_signal_to_its_own_group_that_a_command_survives_ends_nothing_else(
+    shell: Path, name: str, stdin: bytes | None
+) -> None:
+    """``trap 'kill 0' EXIT`` is an everyday idiom, and the wrapper is of that group, too."""
+    script = f"trap '' {name}; kill -s {name} 0; sleep 0.3; echo on; exit 3"
+    result = run(shell, "sh", "-c", script, stdin=stdin)
+    assert (result.code, result.stdout) == (3, b"on\n")
+
+
+def test_a_command_that_terms_its_own_group_ends_with_143(shell: Path) -> None:
+    assert run(shell, "sh", "-c", "trap 'kill 0' EXIT; sleep 300 & exit 0").code == 143
+
+
+@pytest.mark.parametrize("name", ["TERM", "HUP", "INT", "USR1"])
+def test_hanging_up_still_kills_after_a_signal_to_the_whole_group(shell: Path, name: str) -> None:
+    with Program(shell) as program:
+        program.go("sh", "-c", f"trap '' TERM {name}; sleep 0.2; kill -s {name} 0; echo $$; exec sleep 300")
+        pid = int(program.lines(1)[0])
+        assert alive(pid)
+        program.close_stdin()
+        assert gone(pid, 5)
+        program.finish()
