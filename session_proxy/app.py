@@ -16,11 +16,12 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from session_proxy import openapi, wire
 from session_proxy.errors import (
     HostNotAllowedError,
+    InvalidRequestError,
     MethodNotAllowedError,
     NotFoundError,
     OriginNotAllowedError,
@@ -32,7 +33,7 @@ from session_proxy.errors import (
 )
 from session_proxy.execution import Execution, Outcome
 from session_proxy.executor import Executor
-from session_proxy.limits import OutputBuffer
+from session_proxy.limits import OutputBuffer, Slots
 from session_proxy.readiness import Readiness
 from session_proxy.workspace import Workspace
 
@@ -66,6 +67,9 @@ STATUS_BY_REASON: Mapping[str, int] = {
 BODY_SECONDS = 10.0
 """For a request's body to arrive whole, and for the head of a connection's first request."""
 
+SMALL_BODY_BYTES = 65_536
+"""A body up to this size is read in any case; of larger ones, MAX_CONCURRENT_EXECS at a time."""
+
 SEND_BUFFER_BYTES = 262_144
 """The kernel's buffer of one response; without a bound it grows to megabytes for a reader that stopped."""
 
@@ -74,6 +78,8 @@ STALL_CHECKS = 8
 
 MAX_REQUEST_ID = 128
 """Longest X-Request-Id that is taken over."""
+
+_HOST = re.compile(r"(?:\[(?P<address>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9.-]+))(?::[0-9]{0,5})?", re.ASCII)
 
 _REQUEST_ID = re.compile(rf"[A-Za-z0-9._:/+=-]{{1,{MAX_REQUEST_ID}}}", re.ASCII)
 
@@ -112,6 +118,7 @@ METRICS_TYPE: web.AppKey[str] = web.AppKey("metrics_type")
 LOGGER: web.AppKey[Any] = web.AppKey("logger")
 REQUEST_ID = web.RequestKey("request_id", str)
 DEADLINES: web.AppKey["ConnectionDeadlines"] = web.AppKey("deadlines")
+LARGE_BODIES = web.AppKey("large_bodies", Slots)
 
 
 def make_app(
@@ -134,17 +141,18 @@ def make_app(
     app[METRICS_TYPE] = metrics_type
     app[LOGGER] = logger
     app[DEADLINES] = ConnectionDeadlines()
-    app.router.add_post("/exec", _exec)
-    app.router.add_get("/execs", _execs, allow_head=False)
-    app.router.add_get("/execs/{id}", _show_exec, allow_head=False)
-    app.router.add_delete("/execs/{id}", _kill_exec)
-    app.router.add_get("/workspace", _workspace, allow_head=False)
-    app.router.add_get("/limits", _limits, allow_head=False)
-    app.router.add_get("/livez", _livez, allow_head=False)
-    app.router.add_get("/health", _livez, allow_head=False)
-    app.router.add_get("/readyz", _readyz, allow_head=False)
-    app.router.add_get("/metrics", _metrics, allow_head=False)
-    app.router.add_get("/openapi.json", _openapi, allow_head=False)
+    app[LARGE_BODIES] = Slots(executor.settings.max_concurrent)
+    app.router.add_post("/exec", _exec, expect_handler=_expect)
+    app.router.add_get("/execs", _execs, allow_head=False, expect_handler=_expect)
+    app.router.add_get("/execs/{id}", _show_exec, allow_head=False, expect_handler=_expect)
+    app.router.add_delete("/execs/{id}", _kill_exec, expect_handler=_expect)
+    app.router.add_get("/workspace", _workspace, allow_head=False, expect_handler=_expect)
+    app.router.add_get("/limits", _limits, allow_head=False, expect_handler=_expect)
+    app.router.add_get("/livez", _livez, allow_head=False, expect_handler=_expect)
+    app.router.add_get("/health", _livez, allow_head=False, expect_handler=_expect)
+    app.router.add_get("/readyz", _readyz, allow_head=False, expect_handler=_expect)
+    app.router.add_get("/metrics", _metrics, allow_head=False, expect_handler=_expect)
+    app.router.add_get("/openapi.json", _openapi, allow_head=False, expect_handler=_expect)
     return app
 
 
@@ -227,6 +235,8 @@ async def _envelope(request: web.Request, handler: Handler) -> web.StreamRespons
         raise  # the client left
     except Exception as error:  # noqa: BLE001 (a defect becomes a 500 with a reason, and a log line with the trace)
         request.app[LOGGER].exception("internal_error", request_id=request_id, path=request.path)
+        if request.writer.output_size and request.transport is not None:
+            request.transport.abort()  # in mid-response: nothing else can tell the client
         response = _refused(request, RefusedError(f"internal error: {type(error).__name__}; the log has more"))
     if not response.prepared:
         response.headers.setdefault("X-Request-Id", request_id)
@@ -267,17 +277,13 @@ async def _gatekeeper(request: web.Request, handler: Handler) -> web.StreamRespo
 
 
 def _check_host(host: str | None) -> None:
-    name = (host or "").strip()
-    if name.startswith("["):
-        name = name[1:].partition("]")[0]
-    elif name.count(":") <= 1:
-        name = name.partition(":")[0]
-    name = name.lower().rstrip(".")
-    if name == "localhost" or name.endswith(".localhost"):
-        return
-    with contextlib.suppress(ValueError):
-        if ipaddress.ip_address(name).is_loopback:
+    if match := _HOST.fullmatch((host or "").strip()):
+        name = (match["name"] or match["address"]).lower().rstrip(".")
+        if name == "localhost" or name.endswith(".localhost"):
             return
+        with contextlib.suppress(ValueError):
+            if ipaddress.ip_address(name).is_loopback:
+                return
     raise HostNotAllowedError("Host must be localhost or a loopback address")
 
 
@@ -314,7 +320,7 @@ async def _show_exec(request: web.Request) -> web.Response:
 async def _kill_exec(request: web.Request) -> web.Response:
     execution = request.app[EXECUTOR].get(request.match_info["id"])
     execution.end(Outcome.CANCELLED, reason="deleted", error="cancelled by DELETE /execs")
-    return _json(execution.describe(), 200 if execution.verdict is not None else 202)
+    return _json(execution.describe(), 200 if execution.judging or execution.verdict is not None else 202)
 
 
 async def _workspace(request: web.Request) -> web.Response:
@@ -343,7 +349,11 @@ async def _metrics(request: web.Request) -> web.Response:
 
 async def _openapi(request: web.Request) -> web.Response:
     settings = request.app[SETTINGS]
-    return _json(openapi.document(settings.bounds, settings.max_request_bytes, STATUS_BY_REASON))
+    return _json(
+        openapi.document(
+            settings.bounds, settings.max_request_bytes, STATUS_BY_REASON, bearer=settings.token is not None
+        )
+    )
 
 
 # --- POST /exec -------------------------------------------------------------------------------------------------------
@@ -351,9 +361,11 @@ async def _openapi(request: web.Request) -> web.Response:
 
 async def _exec(request: web.Request) -> web.StreamResponse:
     settings = request.app[SETTINGS]
-    encoder = wire.encoder_for(request.headers.get("Accept"))
-    body = await _read_body(request, settings.max_request_bytes)
-    execution = await request.app[EXECUTOR].submit(wire.parse_request(body, settings.bounds), request[REQUEST_ID])
+    encoder = wire.encoder_for(", ".join(request.headers.getall("Accept", ())))
+    with contextlib.ExitStack() as reading:
+        body = await _read_body(request, settings.max_request_bytes, reading)
+        execution = await request.app[EXECUTOR].submit(wire.parse_request(body, settings.bounds), request[REQUEST_ID])
+        del body
     try:
         start = await asyncio.shield(execution.ready)
         headers = {
@@ -367,24 +379,38 @@ async def _exec(request: web.Request) -> web.StreamResponse:
         await response.prepare(request)
         reader = _Reader(request, response, execution, settings)
         await reader.stream(encoder, start)
-    except (ConnectionError, asyncio.CancelledError):
-        # Reset, or (with handler_cancellation) gone. The exec's own task kills what it started.
+    except BaseException:
+        # Reset, or (with handler_cancellation) gone, or a defect of ours. The exec's own task kills what it started.
         execution.end(Outcome.CANCELLED, reason="client_gone", error="the client went away")
         execution.output.discard()
         raise
     return response
 
 
-async def _read_body(request: web.Request, limit: int) -> bytes:
+async def _expect(_: web.Request) -> None:
+    """Leave Expect to the handler: aiohttp would answer before anybody looked at who is asking."""
+
+
+async def _read_body(request: web.Request, limit: int, reading: contextlib.ExitStack) -> bytes:
+    """Return the body. A large one takes a place among those that are read at a time, which ``reading`` gives back."""
     if request.content_length is not None and request.content_length > limit:
         raise _too_large(request)
+    if request.headers.get("Expect", "").lower() == "100-continue" and request.version >= HttpVersion11:
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for chunk in request.content.iter_any():
+                small = len(body) <= SMALL_BODY_BYTES
                 body += chunk
                 if len(body) > limit:
                     raise _too_large(request)
+                if small and len(body) > SMALL_BODY_BYTES:
+                    request.app[LARGE_BODIES].take()
+                    reading.callback(request.app[LARGE_BODIES].release)
+    except web.RequestPayloadError:
+        raise InvalidRequestError("the body is not what Content-Encoding or Transfer-Encoding say") from None
     except TimeoutError:
         raise RequestTimeoutError(f"the body did not arrive whole within {BODY_SECONDS:g} s") from None
     return bytes(body)

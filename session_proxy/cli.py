@@ -172,7 +172,9 @@ def _health(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
     if config is None:
         return EXIT_CONFIG
     path = "/readyz" if arguments.ready else "/livez"
-    if arguments.listen_socket or (config.listen_socket and not arguments.listen_addr):
+    # TCP always listens, and a socket with an allow-list need not let this process in.
+    closed = environ.get("LISTEN_SOCKET_UIDS", "").strip()
+    if arguments.listen_socket or (config.listen_socket and not arguments.listen_addr and not closed):
         connection: http.client.HTTPConnection = _UnixConnection(config.listen_socket or "")
     else:
         host, port = config.listen_addr

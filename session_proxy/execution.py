@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
@@ -57,6 +57,8 @@ class Execution:
         self.ready: asyncio.Future[Start] = loop.create_future()
         self.stopped: asyncio.Future[Verdict] = loop.create_future()
         """Set when somebody ended the exec: the first to do so decides."""
+        self.judging = False
+        """Whether the command ended by itself and only the verdict is missing: nobody can end it any more."""
         self.target: Target | None = None
         self.verdict: Verdict | None = None
         self.reaped: bool | None = None
@@ -65,6 +67,8 @@ class Execution:
         self.stderr_bytes = 0
         self.stages: dict[str, float] = {}
         """Seconds each stage took: locate, upgrade, gate, first_byte, run, reap, end."""
+        self._program = request.command[0][:SHOWN_PROGRAM_CHARACTERS]
+        self._argument_count = len(request.command) - 1
         self._created_at = time.monotonic()
         self._stage_from = self._created_at
         self._started_at: float | None = None
@@ -72,7 +76,7 @@ class Execution:
 
     def end(self, outcome: Outcome, *, reason: str | None = None, error: str | None = None) -> bool:
         """Ask for the exec to end this way. Returns whether this call decided it."""
-        if self.stopped.done() or self.verdict is not None:
+        if self.stopped.done() or self.judging or self.verdict is not None:
             return False
         self.stopped.set_result(Verdict(outcome, None, reason, error))
         return True
@@ -114,6 +118,10 @@ class Execution:
         self._announce()
         self.output.close()
 
+    def forget(self) -> None:
+        """Let go of what the request held: ``/execs`` shows none of it, and a hundred of them would be gigabytes."""
+        self.request = replace(self.request, command=(self._program,), env={}, stdin=None)
+
     def _announce(self) -> None:
         if not self.ready.done():
             target = self.target
@@ -147,7 +155,7 @@ class Execution:
         """``starting``, ``running``, ``ending`` or ``ended``."""
         if self.verdict is not None:
             return "ended"
-        if self.stopped.done():
+        if self.stopped.done() or self.judging:
             return "ending"
         return "running" if self.started else "starting"
 
@@ -158,8 +166,8 @@ class Execution:
             "id": self.id,
             "requestId": self.request_id,
             "state": self.state,
-            "program": self.request.command[0][:SHOWN_PROGRAM_CHARACTERS],
-            "argumentCount": len(self.request.command) - 1,
+            "program": self._program,
+            "argumentCount": self._argument_count,
             "pod": target.pod if target else None,
             "podUid": target.pod_uid if target else None,
             "container": target.container if target else None,

@@ -18,6 +18,7 @@ from session_proxy.errors import (
     ExecStartError,
     KubeError,
     KubeTimeoutError,
+    KubeUnavailableError,
     NotFoundError,
     RefusedError,
     RemoteCommandProtocolError,
@@ -187,6 +188,11 @@ class Executor:
         self._running.pop(execution.id, None)
         self._ended.append(execution)
         self._observer.exec_ended(execution)
+        execution.forget()
+
+
+class _MaybeRunningError(SessionProxyError):
+    """A bare command was asked for, and whether it runs was not answered."""
 
 
 class _Run:
@@ -207,6 +213,9 @@ class _Run:
         self._handshake: wrapper.Handshake | None = None
         self._ready: wrapper.Ready | None = None
         self._payload = b""
+        self._payload_bytes = 0
+        self._asked_bare = False
+        """WRAPPER=none has no gate: the upgrade itself starts the command, answered or not."""
         self._command_seen = False
         """Whether the command certainly started: the wrapper said so, or something was printed."""
         self._muted = False
@@ -224,13 +233,16 @@ class _Run:
         first: set[asyncio.Future[Any]] = {opening, execution.stopped}
         try:
             await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
-            if not opening.done():
-                # Not let through the gate yet: nothing runs, and nothing is left to reap.
-                execution.reaped = True
+            if not opening.done() or execution.stopped.done():
+                # Not let through the gate: nothing runs, and nothing is left to reap.
+                execution.reaped = not self._asked_bare
                 return execution.stopped.result()
             target, stream, loss = opening.result()
         except ExecStartError as error:
             return Verdict(Outcome.FAILED, reason=error.reason, error=error.message)
+        except _MaybeRunningError as error:
+            execution.reaped = False
+            return Verdict(Outcome.LOST, reason="connection_lost", error=str(error))
         finally:
             await _cancel(opening)
         return await self._carry_on(target, stream, loss)
@@ -245,9 +257,13 @@ class _Run:
         loss = stack.enter_context(executor.workspace.lost(target))
         if not executor.settings.wrapped:
             has_stdin = request.stdin is not None
-            stream = await stack.enter_async_context(
-                executor.cluster.open_exec(target, request.command, stdin=has_stdin, half_close=has_stdin)
-            )
+            self._asked_bare = True
+            try:
+                stream = await stack.enter_async_context(
+                    executor.cluster.open_exec(target, request.command, stdin=has_stdin, half_close=has_stdin)
+                )
+            except (KubeTimeoutError, KubeUnavailableError) as error:
+                raise _MaybeRunningError(f"{error.detail}; the command may have been started") from error
             self._payload = request.stdin or b""
         else:
             argv = wrapper.wrapper_argv(execution.id, self._nonce, executor.settings.kill_grace_seconds)
@@ -257,6 +273,7 @@ class _Run:
             self._payload = wrapper.go_payload(
                 self._nonce, request.command, cwd=request.cwd, env=request.env, stdin=request.stdin
             )
+        self._payload_bytes = len(self._payload)
         execution.stage("gate" if executor.settings.wrapped else "upgrade")
         return target, stream, loss
 
@@ -270,7 +287,7 @@ class _Run:
                     if message is None:
                         raise ExecStartError("start_failed", "the connection ended before the container was ready")
                     if isinstance(event, remotecommand.Status):
-                        raise _start_error(event)
+                        raise _start_error(event, wrapped=True)
                     if isinstance(event, remotecommand.Output) and event.channel is Channel.STDOUT:
                         said = handshake.feed(event.data)
                         if isinstance(said, wrapper.Ready):
@@ -310,13 +327,15 @@ class _Run:
             first: set[asyncio.Future[Any]] = {pumping, beating, execution.stopped, loss.reason}
             await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
             execution.stage("run")
-            if pumping.done():
-                timers[0].cancel()
-                return await self._ended(target, stream, loss, pumping)
+            # Whoever ended it decides, also when the Status came right behind: what was cut off, or answered with 202,
+            # has not ended by itself.
             if execution.stopped.done():
                 execution.reaped = await self._reap(target, stream, sending)
                 await asyncio.wait({pumping}, timeout=STREAM_END_SECONDS)
                 return execution.stopped.result()
+            if pumping.done():
+                timers[0].cancel()
+                return await self._ended(target, stream, loss, pumping)
             if beating.done():
                 return await self._lost(target, stream, loss, "the API server no longer answers on this connection")
             return await self._lost(target, stream, loss, None)
@@ -330,6 +349,7 @@ class _Run:
         self, target: Target, stream: ExecStream, loss: Loss, pumping: "asyncio.Task[remotecommand.Status | None]"
     ) -> Verdict:
         """Judge a stream that ended by itself."""
+        self._execution.judging = True
         try:
             status = pumping.result()
         except RemoteCommandProtocolError as error:
@@ -340,7 +360,7 @@ class _Run:
             return await self._lost(target, stream, loss, "the stream ended without a Status")
         if status.exit_code is None:
             if not self._command_seen:
-                raise _start_error(status)
+                raise _start_error(status, wrapped=self._executor.settings.wrapped)
             return await self._lost(target, stream, loss, status.message)
         if not self._command_seen and self._executor.settings.wrapped:
             raise ExecStartError("start_failed", f"the wrapper ended with code {status.exit_code} before the command")
@@ -350,6 +370,7 @@ class _Run:
 
     async def _lost(self, target: Target, stream: ExecStream, loss: Loss, error: str | None) -> Verdict:
         """Find out why, as far as it can be known soon, and kill what may be left."""
+        self._execution.judging = True
         reaping = asyncio.create_task(self._reap(target, stream, None))
         try:
             known = await _within(loss.reason, LOSS_REASON_SECONDS)
@@ -383,8 +404,10 @@ class _Run:
     async def _send(self, stream: ExecStream) -> None:
         """Open the gate and send what the command gets. A connection that breaks is noticed by the pump."""
         with contextlib.suppress(KubeError):
-            for message in remotecommand.stdin_messages(self._payload):
-                await stream.send(message)
+            messages = remotecommand.stdin_messages(self._payload)
+            self._payload = b""
+            while messages:
+                await stream.send(messages.pop(0))
             if not self._executor.settings.wrapped and self._execution.request.stdin is not None:
                 await stream.send(remotecommand.CLOSE_STDIN)
 
@@ -448,7 +471,7 @@ class _Run:
             while True:
                 await asyncio.sleep(interval)
                 # Nothing is read while the reader is slow, so then an unread pong means nothing.
-                deaf = not self._congested and len(self._payload) <= QUIET_STDIN_BYTES
+                deaf = not self._congested and self._payload_bytes <= QUIET_STDIN_BYTES
                 if deaf and stream.heard_seconds_ago() > 2 * interval:
                     return
                 await stream.ping()
@@ -468,12 +491,15 @@ _LOSS_SENTENCES = {
 }
 
 
-def _start_error(status: remotecommand.Status) -> SessionProxyError:
+def _start_error(status: remotecommand.Status, *, wrapped: bool) -> SessionProxyError:
     if status.exit_code is not None:
         return ExecStartError(
             "start_failed", f"the container's sh ended with code {status.exit_code} before the command"
         )
     reason = remotecommand.start_failure(status.message)
+    if wrapped and reason == "command_not_found":
+        # What was not found is the wrapper's sh; nothing is known of the command.
+        return ExecStartError("start_failed", f"the container has no sh (WRAPPER=none needs none): {status.message}")
     return ExecStartError(reason, status.message)
 
 

@@ -66,7 +66,10 @@ RECEIVE_BUFFER_BYTES = 262_144
 every read, and then both ends wake up for each piece."""
 
 LIST_LIMIT = 20
-"""Pods asked for: more than one is a refusal already, and the rest may be terminating."""
+"""Pods a page: one is expected, and some that are terminating."""
+
+LIST_PAGES = 10
+"""Pages read, since a second live pod may be on any of them."""
 
 WATCH_SECONDS = 300
 """After which the API server ends a watch and it is begun anew."""
@@ -170,16 +173,36 @@ class _UpgradeRefusedError(Exception):
         self.body = body
 
 
+class _UpgradeBrokenError(aiohttp.ClientError):
+    """The connection broke after the upgrade was sent."""
+
+
 async def _keep_refusal(
     request: aiohttp.ClientRequest, handler: Callable[[aiohttp.ClientRequest], Awaitable[aiohttp.ClientResponse]]
 ) -> aiohttp.ClientResponse:
     """Client middleware: read the body of a refused upgrade, which aiohttp's own error leaves out."""
-    response = await handler(request)
-    if request.headers.get("Upgrade", "").lower() == "websocket" and response.status != 101:  # noqa: PLR2004
-        body = await response.content.read(MAX_ERROR_BYTES)
+    if request.headers.get("Upgrade", "").lower() != "websocket":
+        return await handler(request)
+    try:
+        response = await handler(request)
+    except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
+        raise  # it never left
+    except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+        # aiohttp sends a GET again when the connection broke, and this one may have started a command.
+        raise _UpgradeBrokenError(f"{type(error).__name__}: {error}") from error
+    if response.status != 101:  # noqa: PLR2004
+        body = await _read_up_to(response, MAX_ERROR_BYTES)
         response.close()
         raise _UpgradeRefusedError(response.status, body)
     return response
+
+
+async def _read_up_to(response: aiohttp.ClientResponse, limit: int) -> bytes:
+    """Read the body, however many pieces it comes in, as far as the limit."""
+    data = b""
+    while len(data) < limit and (more := await response.content.read(limit - len(data))):
+        data += more
+    return data
 
 
 class KubeClient:
@@ -231,10 +254,17 @@ class KubeClient:
             except KubeNotFoundError:
                 return []
         query = {"labelSelector": self._selector or "", "limit": str(LIST_LIMIT)}
-        answer = await self._json("GET", self._pods(), query, verb="list", resource="pods")
-        items = answer.get("items")
-        # A list leaves out what each item is.
-        return [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
+        found: list[Pod] = []
+        for _ in range(LIST_PAGES):
+            answer = await self._json("GET", self._pods(), query, verb="list", resource="pods")
+            items, metadata = answer.get("items"), answer.get("metadata")
+            # A list leaves out what each item is.
+            found += [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
+            more = metadata.get("continue") if isinstance(metadata, dict) else None
+            if not more:
+                return found
+            query["continue"] = str(more)
+        raise KubeUnavailableError(f"more than {LIST_LIMIT * LIST_PAGES} pods match", retry_after=RETRY_SECONDS)
 
     async def read_pod(self, name: str) -> Pod:
         """Return one pod as it is now. Raises KubeNotFoundError."""
@@ -248,7 +278,8 @@ class KubeClient:
             yield None
             return
         yield pod
-        version = pod.get("metadata", {}).get("resourceVersion", "")
+        metadata = pod.get("metadata")
+        version = metadata.get("resourceVersion", "") if isinstance(metadata, dict) else ""
         query = {
             "watch": "true",
             "fieldSelector": f"metadata.name={name}",
@@ -385,7 +416,7 @@ class KubeClient:
         finally:
             self._on_call("get", "pods/exec", status, time.monotonic() - started)
         if websocket.protocol not in subprotocols:
-            await websocket.close()
+            await WebSocketStream(websocket, "").close()
             raise KubeUnavailableError(
                 f"the API server chose none of {', '.join(subprotocols)}", retry_after=RETRY_SECONDS
             )
@@ -476,7 +507,7 @@ class KubeClient:
                 )
                 status = response.status
                 if status >= 300:  # noqa: PLR2004
-                    refusal = await response.content.read(MAX_ERROR_BYTES)
+                    refusal = await _read_up_to(response, MAX_ERROR_BYTES)
                     response.close()
             except TimeoutError:
                 raise KubeTimeoutError(f"the API server did not answer {verb} {resource} in time") from None
@@ -537,9 +568,11 @@ class WebSocketStream:
 
     async def close(self) -> None:
         """Say goodbye for at most CLOSE_SECONDS, then drop the connection."""
+        task = asyncio.current_task()
         try:
-            async with asyncio.timeout(CLOSE_SECONDS):
-                await self._websocket.close()
+            if task is None or not task.cancelling():  # one that is being cancelled has no time left
+                async with asyncio.timeout(CLOSE_SECONDS):
+                    await self._websocket.close()
         except (TimeoutError, aiohttp.ClientError, OSError):
             pass
         finally:
@@ -624,7 +657,7 @@ def _error(code: int, body: bytes, verb: str, resource: str) -> KubeError:
                 f"RBAC does not allow {verb} {resource}: {message}", extra={"verb": verb, "resource": resource}
             )
         case 404:
-            return KubeNotFoundError(message)
+            return KubeNotFoundError(message, retry_after=RETRY_SECONDS)
         case 504:
             return KubeTimeoutError(f"{verb} {resource}: {message}")
     return KubeUnavailableError(f"{verb} {resource}: HTTP {code}: {message}", retry_after=RETRY_SECONDS)

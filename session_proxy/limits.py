@@ -30,7 +30,10 @@ class RateLimit:
 
 
 class Slots:
-    """``MAX_CONCURRENT_EXECS``. Kills need none: each running exec brings the right to its own reaper."""
+    """``MAX_CONCURRENT_EXECS``, of execs and of large bodies that are read at a time.
+
+    Kills need none: each running exec brings the right to its own reaper.
+    """
 
     def __init__(self, count: int) -> None:
         self.count = count

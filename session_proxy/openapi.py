@@ -202,7 +202,7 @@ def _response(schema: str, description: str) -> Json:
 
 def _refusals(reasons: Mapping[str, int], statuses: set[int]) -> Json:
     """Return the problem responses of a route; those of the gatekeeper are every route's."""
-    everywhere = {401, 403, 405}
+    everywhere = {401, 403, 405, 500}
     found: Json = {}
     for status in sorted((statuses | everywhere) & set(reasons.values())):
         names = ", ".join(reason for reason, code in reasons.items() if code == status)
@@ -215,8 +215,10 @@ def _refusals(reasons: Mapping[str, int], statuses: set[int]) -> Json:
     return found
 
 
-def document(bounds: RequestBounds, max_request_bytes: int, reasons: Mapping[str, int]) -> Json:
-    """Return the document, complete enough to generate a client from."""
+def document(
+    bounds: RequestBounds, max_request_bytes: int, reasons: Mapping[str, int], *, bearer: bool = False
+) -> Json:
+    """Return the document, complete enough to generate a client from. ``bearer``: whether a token is demanded."""
     kube = {403, 502, 503, 504}
     exec_id = {"name": "id", "in": "path", "required": True, "schema": {"type": "string", "pattern": "^[0-9a-f]{16}$"}}
     headers = {
@@ -295,7 +297,7 @@ def document(bounds: RequestBounds, max_request_bytes: int, reasons: Mapping[str
                 "summary": "Kill an exec: TERM, grace, KILL; its own stream ends with cancelled",
                 "responses": {
                     "202": _response("Exec", "It is being killed"),
-                    "200": _response("Exec", "It had ended before"),
+                    "200": _response("Exec", "It had ended by itself before"),
                     **_refusals(reasons, {404}),
                 },
             },
@@ -333,6 +335,11 @@ def document(bounds: RequestBounds, max_request_bytes: int, reasons: Mapping[str
         },
     }
     paths["/readyz"]["get"]["responses"]["503"] = _response("Readiness", "Not ready, with the reasons")
+    components: Json = {"schemas": _schemas(bounds, reasons)}
+    security: Json = {}
+    if bearer:
+        components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
+        security = {"security": [{"bearer": []}]}
     return {
         "openapi": "3.1.0",
         "info": {
@@ -341,5 +348,6 @@ def document(bounds: RequestBounds, max_request_bytes: int, reasons: Mapping[str
             "description": "Runs commands in the workspace pod of this session and streams their output.",
         },
         "paths": paths,
-        "components": {"schemas": _schemas(bounds, reasons)},
+        "components": components,
+        **security,
     }

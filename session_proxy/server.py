@@ -34,6 +34,9 @@ EXIT_OS = 71
 LAST_WORDS_SHARE = 0.15
 """The part of DRAIN_SECONDS kept for readers to take their last event."""
 
+GOODBYE_SHARE = 0.05
+"""The part of DRAIN_SECONDS kept for closing connections and for the interpreter's end."""
+
 KEEPALIVE_SECONDS = 75.0
 """For an idle connection between requests."""
 
@@ -61,6 +64,22 @@ class _Observers:
     def exec_refused(self, execution: Execution, error: RefusedError) -> None:
         for observer in self._all:
             observer.exec_refused(execution, error)
+
+
+class _HttpLog:
+    """aiohttp's log, without its texts: those quote whole header lines of what it could not parse, tokens included."""
+
+    def __init__(self, logger: Any) -> None:
+        self._logger = logger
+
+    def debug(self, *_: object, **__: object) -> None:
+        """Nothing."""
+
+    def exception(self, *_: object, exc_info: object = None, **__: object) -> None:
+        """Note the kind of error."""
+        self._logger.warning("http_error", error=type(exc_info).__name__)
+
+    error = warning = exception
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +199,7 @@ async def running(config: Config, environ: Mapping[str, str], logger: Any) -> As
         application,
         handler_cancellation=True,
         access_log=None,
+        logger=_HttpLog(logger),
         keepalive_timeout=KEEPALIVE_SECONDS,
         lingering_time=LINGERING_SECONDS,
         shutdown_timeout=last_words / 2,  # aiohttp may take it twice
@@ -199,7 +219,7 @@ async def running(config: Config, environ: Mapping[str, str], logger: Any) -> As
             try:
                 yield Daemon(address, executor)
             finally:
-                await executor.shutdown(config.drain_seconds - last_words)
+                await executor.shutdown(config.drain_seconds * (1 - LAST_WORDS_SHARE - GOODBYE_SHARE))
     finally:
         application[app.DEADLINES].close()
 

@@ -93,9 +93,12 @@ def _name(pod: Pod) -> str:
     return str(_mapping(pod.get("metadata")).get("name"))
 
 
-def running_target(pod: Pod, container: str) -> Target:
-    """Return the identity of the running container. Raises WorkspaceNotRunningError saying what it does instead."""
-    if _is_deleting(pod):
+def running_target(pod: Pod, container: str, *, deleting: bool = False) -> Target:
+    """Return the identity of the running container. Raises WorkspaceNotRunningError saying what it does instead.
+
+    ``deleting``: it may also be one that runs out its grace period.
+    """
+    if _is_deleting(pod) and not deleting:
         raise WorkspaceNotRunningError(f"pod {_name(pod)} is being deleted", retry_after=RETRY_SECONDS)
     status = _container_status(pod, container)
     state = _mapping(status.get("state"))
@@ -115,11 +118,13 @@ def running_target(pod: Pod, container: str) -> Target:
 
 
 def lost_reason(target: Target, pod: Pod | None) -> str | None:
-    """Say why a command in ``target`` can no longer be running there, given the pod as it is now; None when it can."""
+    """Say why a command in ``target`` is lost, given the pod as it is now; None when it is not, as far as is known."""
     if pod is None or _mapping(pod.get("metadata")).get("uid") != target.pod_uid or _is_deleting(pod):
         return "pod_deleted"
     status = _container_status(pod, target.container)
-    if status.get("containerID") == target.container_id and "running" in _mapping(status.get("state")):
+    if not status.get("containerID"):
+        return None  # nothing is said about it
+    if status["containerID"] == target.container_id and "running" in _mapping(status.get("state")):
         return None
     for state in (status.get("state"), status.get("lastState")):
         terminated = _mapping(_mapping(state).get("terminated"))
@@ -151,8 +156,8 @@ class Workspace:
         await self._check(pod)
 
     async def confirm_identity(self, target: Target) -> None:
-        """Read the pod again: raises a refusal unless it is still the same container."""
-        await self._same(target)
+        """Read the pod again: raises a refusal unless it is still the same container, be it in its grace period."""
+        await self._same(target, deleting=True)
 
     def lost(self, target: Target) -> "Loss":
         """Return a context whose ``reason`` future is set when a command in ``target`` can no longer be running."""
@@ -212,7 +217,7 @@ class Workspace:
             raise WorkspaceNotRunningError(f"pod {_name(found[0])} is being deleted", retry_after=RETRY_SECONDS)
         raise WorkspaceNotFoundError(f"no pod matches {self._settings.described}", retry_after=RETRY_SECONDS)
 
-    async def _same(self, target: Target) -> Pod:
+    async def _same(self, target: Target, *, deleting: bool = False) -> Pod:
         try:
             pod = await self._pods.read_pod(target.pod)
         except KubeNotFoundError:
@@ -225,7 +230,7 @@ class Workspace:
                 f"pod {target.pod} was replaced while the command was being started; nothing ran",
                 retry_after=RETRY_SECONDS,
             )
-        if running_target(pod, target.container) != target:
+        if running_target(pod, target.container, deleting=deleting) != target:
             raise WorkspaceNotRunningError(
                 f"container {target.container} restarted while the command was being started; nothing ran",
                 retry_after=RETRY_SECONDS,

@@ -102,6 +102,15 @@ class Daemon:
             assert {"type", "title", "status", "detail", "reason"} <= set(problem)
             return problem | {"retryAfter": response.headers.get("Retry-After")}
 
+    async def refused_or_run(self, body: bytes) -> dict[str, Any] | None:
+        """Post something that may be refused; return the problem document, None when it ran."""
+        async with self.post(body) as response:
+            if response.status == 200:
+                await response.read()
+                return None
+            problem: dict[str, Any] = await response.json(content_type=None)
+            return problem | {"retryAfter": response.headers.get("Retry-After")}
+
     async def get(self, path: str) -> tuple[int, Any]:
         async with self.http.get(f"{self.url}{path}") as response:
             return response.status, await response.json()

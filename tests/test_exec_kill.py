@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -101,7 +102,9 @@ async def test_delete_kills_everything(killing: tuple[Daemon, str]) -> None:
         assert response.status == 202
         assert (await response.json())["state"] == "ending"
     exit_event = await stream.rest()
-    assert (exit_event["outcome"], exit_event["reason"], exit_event["reaped"]) == ("cancelled", "deleted", True)
+    assert (exit_event["outcome"], exit_event["reason"], exit_event["reaped"]) == ("cancelled", "deleted", True), (
+        daemon.logs
+    )
     assert await gone(mark, 0.1)
     async with daemon.http.delete(f"{daemon.url}/execs/{stream.id}") as response:
         assert response.status == 200
@@ -279,3 +282,45 @@ async def test_a_sigkilled_client_leaves_nothing(cluster: DevCluster, tmp_path: 
         client.kill()
         await client.communicate()
         assert await gone(mark, 3)
+
+
+async def test_a_limit_met_just_before_the_status_is_still_the_outcome(daemon: Daemon) -> None:
+    """A slow reader: what exceeds the limit and the Status wait in one queue, and are read in one go."""
+    loop = asyncio.get_running_loop()
+    host, port = daemon.url.removeprefix("http://").split(":")
+    body = json.dumps({"command": ["head", "-c", "900000", "/dev/zero"], "maxOutputBytes": 895_000}).encode()
+    for _ in range(3):
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.setblocking(False)
+            await loop.sock_connect(sock, (host, int(port)))
+            head = f"POST /exec HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+            await loop.sock_sendall(sock, head.encode() + body)
+            await asyncio.sleep(0.5)
+            got = b""
+            while data := await asyncio.wait_for(loop.sock_recv(sock, 1 << 20), 10):
+                got += data
+        assert b'"outcome":"output_limit"' in got[-300:]
+
+
+async def test_a_command_that_ended_by_itself_is_not_cancelled_any_more(daemon: Daemon) -> None:
+    """137 is believed only after a while; whoever says DELETE then is told that there is nothing to kill."""
+    stream = await daemon.open("sh", "-c", "kill -KILL $$")
+    async with asyncio.timeout(5):
+        while (await daemon.exec_of(stream.id))["state"] != "ending":
+            await asyncio.sleep(0.01)
+    async with daemon.http.delete(f"{daemon.url}/execs/{stream.id}") as response:
+        assert response.status == 200
+    exit_event = await stream.rest()
+    assert (exit_event["outcome"], exit_event["exitCode"]) == ("exited", 137)
+
+
+async def test_what_left_the_process_group_is_killed_in_a_pod_that_is_being_deleted(daemon: Daemon) -> None:
+    """In its grace period the container goes on running, and so would a process that called setsid."""
+    mark = secrets.token_hex(8)
+    stream = await daemon.open(PYTHON, "-c", FAMILY, mark)
+    await stream.until("stdout", b"ready")
+    daemon.cluster.mark_deleting("workspace")
+    exit_event = await stream.rest()
+    assert (exit_event["outcome"], exit_event["reason"], exit_event["reaped"]) == ("lost", "pod_deleted", True)
+    assert await gone(mark, 1)

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import json
 import socket
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import aiohttp
 import pytest
 from conftest import OWNER, Daemon, StartDaemon, add_workspace
 
-from session_proxy import app
+from session_proxy import app, wire
 from session_proxy.devcluster import DevCluster, workspace_manifest
 
 Json = dict[str, Any]
@@ -394,7 +395,18 @@ async def test_loopback_hosts_are_let_in(daemon: Daemon, host: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "localhost.evil.example", "10.0.0.1:8080", "", "127.0.0.1.nip.io", "[fe80::1]"]
+    "host",
+    [
+        "evil.example",
+        "localhost.evil.example",
+        "10.0.0.1:8080",
+        "",
+        "127.0.0.1.nip.io",
+        "[fe80::1]",
+        "[::1]evil.example",
+        "localhost:80@evil.example",
+        "localhost:8080:80",
+    ],
 )
 async def test_other_hosts_are_refused(daemon: Daemon, host: str) -> None:
     problem = await daemon.refused(headers={"Host": host})
@@ -455,3 +467,78 @@ async def test_form_data_content_types_are_read_as_json(daemon: Daemon) -> None:
 async def test_stdin_may_be_base64(daemon: Daemon) -> None:
     _, stream = await daemon.run("cat", stdinBase64=base64.b64encode(b"\xff\0").decode())
     assert stream.data("stdout") == b"\xff\0"
+
+
+# --- what HTTP makes possible -------------------------------------------------------------------------------------------
+
+
+async def answer_to(daemon: Daemon, head: str, body: bytes = b'{"command":["true"]}') -> bytes:
+    host, port = daemon.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    request = f"POST /exec HTTP/1.1\r\n{head}Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+    writer.write(request.encode() + body)
+    try:
+        return await asyncio.wait_for(reader.read(), 5)
+    finally:
+        writer.close()
+
+
+async def test_a_body_that_is_not_what_its_encoding_says_is_a_400(daemon: Daemon) -> None:
+    answer = await answer_to(daemon, "Host: localhost\r\nContent-Encoding: gzip\r\n", b"not gzip")
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b'"invalid_request"' in answer
+
+
+async def test_expect_is_not_answered_before_the_host_was_checked(daemon: Daemon) -> None:
+    for expect in ("100-continue", "something"):
+        answer = await answer_to(daemon, f"Host: evil.example\r\nExpect: {expect}\r\n")
+        assert answer.startswith(b"HTTP/1.1 403 ")
+        assert b'"host_not_allowed"' in answer
+
+
+async def test_accept_may_come_in_two_lines(daemon: Daemon) -> None:
+    head = "Host: localhost\r\nAccept: text/html\r\nAccept: application/x-ndjson\r\n"
+    assert b"\r\nContent-Type: application/x-ndjson\r\n" in await answer_to(daemon, head)
+
+
+async def test_a_defect_in_mid_response_ends_the_exec_and_the_connection(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> bytes:
+        raise KeyError("a defect")
+
+    monkeypatch.setattr(wire.NdjsonEncoder, "output", fail)
+    async with asyncio.timeout(5), daemon.post({"command": ["sh", "-c", "echo x; exec sleep 60"]}) as response:
+        with contextlib.suppress(Exception):
+            await response.read()
+    await daemon.idle()
+
+
+async def test_no_header_is_quoted_in_the_log(daemon: Daemon, caplog: pytest.LogCaptureFixture) -> None:
+    await answer_to(daemon, "Host: localhost\r\nAuthorization: Bearer s3cr3t\x00\r\n")
+    assert "s3cr3t" not in caplog.text
+    assert "s3cr3t" not in repr(daemon.logs)
+
+
+async def test_large_bodies_are_read_a_few_at_a_time(cluster: DevCluster, start: StartDaemon) -> None:
+    """Half-sent bodies are bounded in number, too; small requests get through beside them."""
+    add_workspace(cluster)
+    daemon = await start(cluster, MAX_CONCURRENT_EXECS="2")
+    host, port = daemon.url.removeprefix("http://").split(":")
+    large = json.dumps({"command": ["wc", "-c"], "stdin": "x" * 200_000}).encode()
+    head = f"POST /exec HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(large)}\r\n\r\n".encode()
+    writers = []
+    for _ in range(2):
+        _, writer = await asyncio.open_connection(host, int(port))
+        writer.write(head + large[:100_000])
+        writers.append(writer)
+    async with asyncio.timeout(5):
+        while (problem := await daemon.refused_or_run(large)) is None:
+            pass
+    assert (problem["status"], problem["reason"], problem["retryAfter"]) == (429, "too_many_execs", "1")
+    assert (await daemon.run("echo", "small"))[1].data("stdout") == b"small\n"
+    for writer in writers:
+        writer.close()
+    async with asyncio.timeout(5):
+        while await daemon.refused_or_run(large) is not None:
+            pass

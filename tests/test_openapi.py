@@ -290,3 +290,10 @@ async def test_the_document_of_a_daemon_is_this_one(daemon: Daemon) -> None:
     status, body = await daemon.get("/openapi.json")
     assert status == 200
     assert body == json.loads(json.dumps(DOCUMENT))
+
+
+def test_a_token_that_is_demanded_is_in_the_document() -> None:
+    found = document(RequestBounds(), 1024, STATUS_BY_REASON, bearer=True)
+    assert found["security"] == [{"bearer": []}]
+    assert found["components"]["securitySchemes"]["bearer"] == {"type": "http", "scheme": "bearer"}
+    assert "security" not in DOCUMENT

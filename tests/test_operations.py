@@ -212,3 +212,27 @@ async def test_dev_mode_serves_and_stops(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         await asyncio.wait_for(process.communicate(), 10)
     assert process.returncode == 0
+
+
+async def test_the_history_keeps_nothing_of_a_request(daemon: Daemon) -> None:
+    await daemon.run("true", "secret", env={"TOKEN": "secret"}, stdin="x" * 900_000)
+    (execution,) = daemon.executor.list()
+    assert execution.request.stdin is None
+    assert "secret" not in repr(execution.request)
+    assert (await daemon.exec_of(execution.id))["argumentCount"] == 1
+
+
+async def test_health_asks_where_it_is_let_in(cluster: DevCluster, start: StartDaemon, tmp_path: Path) -> None:
+    """The user ids of LISTEN_SOCKET_UIDS are the clients', and the sidecar's own need not be among them."""
+    daemon = await start(cluster, LISTEN_SOCKET=str(tmp_path / "proxy.sock"), LISTEN_SOCKET_UIDS="4242")
+    environment = {
+        "PATH": os.environ["PATH"],
+        "LISTEN_ADDR": daemon.url.removeprefix("http://"),
+        "LISTEN_SOCKET": str(tmp_path / "proxy.sock"),
+        "LISTEN_SOCKET_UIDS": "4242",
+    }
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "session_proxy", "health", env=environment, stderr=subprocess.PIPE
+    )
+    _, said = await process.communicate()
+    assert (process.returncode, said) == (0, b"")
