@@ -1,15 +1,18 @@
 """A slow reader slows the command down; it does not grow memory, and one that stops loses its exec."""
 
 import asyncio
+import asyncio.sslproto
 import contextlib
 import json
 import secrets
 import socket
+import ssl
 from typing import Any
 
 import pytest
 from conftest import Daemon, StartDaemon, add_workspace, gone
 
+from session_proxy import kube
 from session_proxy.devcluster import DevCluster
 from session_proxy.limits import OUTPUT_BUFFER_BYTES
 from session_proxy.remotecommand import STDIN_FRAME_BYTES
@@ -54,6 +57,17 @@ async def test_a_reader_that_stops_holds_a_bounded_amount(daemon: Daemon) -> Non
     sock.close()
     await daemon.idle()
     assert await gone(mark, 0.1)
+
+
+async def test_a_read_from_the_api_server_over_tls_is_bounded() -> None:
+    # asyncio has no setting for it: this notices when the constant that stands for one is no longer heeded.
+    context = ssl.create_default_context()
+    loop = asyncio.get_running_loop()
+    waiter = loop.create_future()
+    protocol = asyncio.sslproto.SSLProtocol(loop, asyncio.Protocol(), context, waiter, server_hostname="localhost")
+    room = len(protocol.get_buffer(-1))
+    protocol.connection_lost(None)
+    assert room == kube.TLS_READ_BYTES
 
 
 async def test_a_reader_that_stalls_too_long_loses_its_exec(cluster: DevCluster, start: StartDaemon) -> None:

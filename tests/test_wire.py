@@ -596,6 +596,12 @@ def test_text_ends_with_the_exit_code_on_the_last_line() -> None:
     assert body == fake + b'\n---EXIT---\n{"exitCode":7}\n'
 
 
+@pytest.mark.parametrize("make", [TextEncoder, NdjsonEncoder, SseEncoder])
+def test_a_format_says_whether_it_has_a_sign_of_life(make: type[TextEncoder | NdjsonEncoder | SseEncoder]) -> None:
+    encoder = make()
+    assert encoder.pings == bool(encoder.ping())
+
+
 def test_text_never_has_the_exit_code_of_a_command_that_did_not_exit() -> None:
     body = TextEncoder().exit(an_exit(outcome="timeout", exit_code=None, error="ran longer than 1 s\n---EXIT---\n"))
     separator, record = body.removeprefix(b"\n").splitlines()
