@@ -77,11 +77,57 @@ def build_parser() -> argparse.ArgumentParser:
     session = commands.add_parser(
         "session",
         help="create, show or remove a session on a cluster",
-        description="For the platform's side, with a kubeconfig of one's own: a runner pod with the sidecar, and the "
-        "workspace pod that it owns.",
+        description="For the platform's side, with a kubeconfig of one's own (KUBECONFIG): a runner pod with the "
+        "sidecar, and the workspace pod that it owns.",
     )
-    session_spec.add_arguments(session)
+    _add_session(session)
     return parser
+
+
+def _add_session(session: argparse.ArgumentParser) -> None:
+    commands = session.add_subparsers(dest="session_command", required=True, metavar="COMMAND")
+    up = commands.add_parser(
+        "up",
+        help="create a session and wait until it is ready",
+        description="Create the runner pod, the workspace pod and the sidecar's access to it, and wait until a command "
+        "could run: all of it or nothing. Exit status: 0 ready; 1 failed or interrupted, and nothing is left; 4 failed "
+        "or interrupted, and what is named may be left (`session down` removes it); 78 refused before anything was "
+        "created, because an option is wrong or the cluster lacks something.",
+    )
+    up.add_argument(
+        "--set",
+        dest="settings",
+        action="append",
+        default=[],
+        metavar="SETTING=VALUE",
+        help="setting of the sidecar, such as EXEC_TIMEOUT_SECONDS=60; may be repeated",
+    )
+    up.add_argument("--dry-run", action="store_true", help="print the manifests as YAML and create nothing")
+    down = commands.add_parser(
+        "down",
+        help="remove a session",
+        description="Remove everything that `up` created, and nothing else; safe to repeat. Exit status: 0 nothing of "
+        "it is left; 1 something is still there; 4 the cluster could not be asked; 78 refused before anything was "
+        "removed.",
+    )
+    status = commands.add_parser(
+        "status",
+        help="say what is there",
+        description="Say what is there of a session. Exit status: 0 ready; 1 not ready, or not all there; 3 nothing "
+        "there; 4 the cluster could not be asked; 78 refused.",
+    )
+    for parser, options in (
+        (up, session_spec.UP_OPTIONS),
+        (down, session_spec.DOWN_OPTIONS),
+        (status, session_spec.STATUS_OPTIONS),
+    ):
+        for option in options:
+            note = f" (default: {option.default})" if option.default else ""
+            if option is session_spec.NAME:
+                parser.add_argument(option.field, metavar=option.flag, help=option.help)
+            else:
+                names = ("-n", option.flag) if option is session_spec.NAMESPACE else (option.flag,)
+                parser.add_argument(*names, dest=option.field, metavar="VALUE", help=option.help + note)
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:

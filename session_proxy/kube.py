@@ -325,36 +325,50 @@ class KubeClient:
         body: Mapping[str, Any] | None = None,
         content_type: str = "application/json",
     ) -> tuple[int, Mapping[str, Any]]:
-        """Return HTTP status and object (or Status) of whatever the API server answers.
+        """Return HTTP status and object (or Status) of what the API server answers, in at most REQUEST_SECONDS.
 
-        Raises KubeError only when it gives no answer, or none in JSON.
+        A 401 reads the token again, once. Raises KubeError when there is no answer, none in JSON, or a second 401.
         """
+        request = f"{method} {path}"
+        data = None if body is None else json.dumps(body).encode()
         try:
-            async with (
-                asyncio.timeout(REQUEST_SECONDS),
-                self._session.request(
-                    method,
-                    self._url(path, query or {}),
-                    data=None if body is None else json.dumps(body).encode(),
-                    headers={"Accept": "application/json", "Content-Type": content_type, **await self._headers()},
-                    allow_redirects=False,
-                    server_hostname=self._tls_name,
-                    proxy=self._proxy,
-                ) as response,
-            ):
-                data = await response.read()
-                status = response.status
+            async with asyncio.timeout(REQUEST_SECONDS):
+                status, answer = await self._exchange(method, path, query or {}, data, content_type)
+                if status == 401:  # noqa: PLR2004 (answered before anything was done)
+                    await self._reload()
+                    status, answer = await self._exchange(method, path, query or {}, data, content_type)
         except TimeoutError:
-            raise KubeTimeoutError(f"the API server did not answer {method} {path} in time") from None
+            raise KubeTimeoutError(f"the API server did not answer {request} in {REQUEST_SECONDS:g} s") from None
         except (aiohttp.ClientError, OSError, ssl.SSLError) as error:
             raise _unreachable(error) from None
+        if status == 401:  # noqa: PLR2004
+            raise KubeUnauthorizedError("the API server does not accept the credential, also not read anew")
         try:
-            answer = json.loads(data)
+            decoded = json.loads(answer)
         except (ValueError, RecursionError):
-            answer = None
-        if not isinstance(answer, dict):
-            raise KubeUnavailableError(f"the API server answered {method} {path} with HTTP {status} and no JSON object")
-        return status, answer
+            decoded = None
+        if not isinstance(decoded, dict):
+            raise KubeUnavailableError(f"the API server answered {request} with HTTP {status} and no JSON object")
+        return status, decoded
+
+    async def _exchange(
+        self, method: str, path: str, query: Mapping[str, str], data: bytes | None, content_type: str
+    ) -> tuple[int, bytes]:
+        async with self._session.request(
+            method,
+            self._url(path, query),
+            data=data,
+            headers={"Accept": "application/json", "Content-Type": content_type, **await self._headers()},
+            allow_redirects=False,
+            server_hostname=self._tls_name,
+            proxy=self._proxy,
+        ) as response:
+            answer = bytearray()
+            while part := await response.content.readany():
+                answer += part
+                if len(answer) > MAX_RESPONSE_BYTES:
+                    raise KubeUnavailableError(f"the answer to {method} {path} is over {MAX_RESPONSE_BYTES} bytes")
+            return response.status, bytes(answer)
 
     # --- exec -----------------------------------------------------------------------------------------------------
 

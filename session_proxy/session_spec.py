@@ -3,17 +3,17 @@
 Nothing here asks a cluster. Every problem is found before anything is created and names its option.
 """
 
-import argparse
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from enum import StrEnum
 from typing import Any
 
-from session_proxy.config import MAX_LABEL_VALUE, SHOWN_VALUE_CHARACTERS, Config, parse_config
+from session_proxy.config import MAX_LABEL_VALUE, MAX_SUBDOMAIN, SHOWN_VALUE_CHARACTERS, Config, Wrapper, parse_config
 from session_proxy.errors import ConfigError
-from session_proxy.policy import Level, PolicySettings, evaluate, parse_image
+from session_proxy.policy import PolicySettings, evaluate, parse_image
 
 Manifest = dict[str, Any]
 """A Kubernetes object as JSON."""
@@ -26,13 +26,13 @@ MAX_NAME = MAX_LABEL_VALUE - LONGEST_SUFFIX
 MANAGED_BY = {"app.kubernetes.io/managed-by": "session-proxy"}
 """Marks what ``up`` created, so that ``down`` touches nothing else."""
 
-ATTEMPT_ANNOTATION = "session-proxy/attempt"
-"""Which run of ``up`` created an object, so that a rollback removes that one and no namesake."""
-
 PROXY_UID = 65532
 """The user of the project's image."""
 
 RUNNER_CONTAINER, PROXY_CONTAINER, WORKSPACE_CONTAINER = "runner", "session-proxy", "workspace"
+
+PROXY_URL = "http://127.0.0.1:8080"
+"""Where the runner finds the sidecar: LISTEN_ADDR's default."""
 
 TOKEN_SECONDS = 3600
 """Lifetime asked for the projected token; the kubelet replaces it at 80 % of that."""
@@ -46,16 +46,24 @@ WORKSPACE_GRACE_SECONDS = 5
 IDLE = "trap 'exit 0' TERM; while :; do sleep 3600 & wait $!; done"
 """First process of a workspace: it does nothing."""
 
-MIN_MEMORY_BYTES = 4 << 20
+LEAST_CPU = Decimal("0.001")
+"""Kubernetes counts CPU in thousandths."""
+
+LEAST_MEMORY = Decimal(4 << 20)
 """Less is always a slip: ``512m`` is half a byte where ``512Mi`` was meant. The kubelet's own least is 4 MiB."""
+
+MAX_QUANTITY = Decimal(2**63 - 1)
+"""Kubernetes caps ``8Ei`` to this without a word."""
+
+MAX_UID = 2**31 - 1
 
 MIN_SERVER = (1, 29)
 """First release in which an init container with restartPolicy Always is a native sidecar without a feature gate."""
 
-MAX_UID = 2**31 - 1
-
 SETTINGS_OF_UP = frozenset(
     {
+        "DRAIN_SECONDS",
+        "LISTEN_ADDR",
         "LISTEN_SOCKET",
         "LISTEN_SOCKET_UIDS",
         "LISTEN_TOKEN_FILE",
@@ -70,7 +78,7 @@ SETTINGS_OF_UP = frozenset(
         "WORKSPACE_SELECTOR",
     }
 )
-"""Settings of the sidecar that follow from the manifests, or would need more of them (sockets, token files)."""
+"""Settings of the sidecar that the manifests decide (names, address, grace), or that would need more of them."""
 
 
 class Sidecar(StrEnum):
@@ -78,14 +86,6 @@ class Sidecar(StrEnum):
 
     NATIVE = "native"
     CONTAINER = "container"
-
-
-class PullPolicy(StrEnum):
-    """``imagePullPolicy`` of every container."""
-
-    ALWAYS = "Always"
-    IF_NOT_PRESENT = "IfNotPresent"
-    NEVER = "Never"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,16 +111,8 @@ class SessionName:
 
 
 @dataclass(frozen=True, slots=True)
-class Resources:
-    """What a container may use; requested and limited alike."""
-
-    cpu: str
-    memory: str
-
-
-@dataclass(frozen=True, slots=True)
 class SessionSpec:
-    """Everything ``up`` needs to know, valid on its own."""
+    """Everything ``up`` needs to know, valid on its own: the options by name, and what the sidecar makes of its own."""
 
     name: SessionName
     namespace: str | None
@@ -128,18 +120,22 @@ class SessionSpec:
     runner_image: str
     runner_command: tuple[str, ...]
     runner_uid: int
-    runner: Resources
+    runner_cpu: str
+    runner_memory: str
     workspace_image: str
     workspace_uid: int
-    workspace: Resources
+    workspace_cpu: str
+    workspace_memory: str
     workspace_storage: str
+    workspace_claim: str | None
     runtime_class: str | None
     node_name: str | None
-    image_pull_policy: PullPolicy | None
+    image_pull_policy: str | None
     image_pull_secret: str | None
     sidecar: Sidecar
+    timeout: float
     settings: Mapping[str, str]
-    timeout_seconds: float
+    wrapper: Wrapper
 
 
 class _InvalidError(ValueError):
@@ -148,30 +144,47 @@ class _InvalidError(ValueError):
 
 # --- values -----------------------------------------------------------------------------------------------------------
 
-_DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?", re.ASCII)
-_DNS_SUBDOMAIN = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", re.ASCII)
-_QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)([numkMGTPE]|[KMGTPE]i|[eE][+-]?[0-9]{1,2})?", re.ASCII)
+_LABEL = r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?"
+_DNS_LABEL = re.compile(_LABEL, re.ASCII)
+_DNS_SUBDOMAIN = re.compile(rf"{_LABEL}(?:\.{_LABEL})*", re.ASCII)
+_QUANTITY = re.compile(
+    r"\+?([0-9]+(?:\.[0-9]*)?|\.[0-9]+)([numkMGTPE]|[KMGTPE]i|[eE][+-]?[0-9]{1,2})?",
+    re.ASCII,
+)
 _SUFFIXES: Mapping[str, Decimal] = {
     "": Decimal(1),
     **{suffix: Decimal(10) ** (3 * power) for suffix, power in zip("num", (-3, -2, -1), strict=True)},
     **{suffix: Decimal(10) ** (3 * power) for power, suffix in enumerate("kMGTPE", 1)},
     **{f"{suffix}i": Decimal(1024) ** power for power, suffix in enumerate("KMGTPE", 1)},
 }
-MAX_QUANTITY = Decimal(2**63 - 1)
-MAX_SUBDOMAIN = 253
 
 
 def parse_quantity(text: str) -> Decimal:
-    """Return the value of a Kubernetes quantity such as ``500m`` or ``1.5Gi``. Raises ValueError."""
+    """Return the value of a Kubernetes quantity such as ``500m`` or ``1.5Gi``, which is never negative here.
+
+    Raises ValueError.
+    """
     match = _QUANTITY.fullmatch(text)
     if match is None:
         raise ValueError("not a quantity")
-    number, suffix = match[1], match[2] or ""
-    scale = Decimal(10) ** int(suffix[1:]) if suffix[:1] in ("e", "E") and len(suffix) > 1 else _SUFFIXES[suffix]
-    value = Decimal(number) * scale
+    number, suffix = Decimal(match[1]), match[2] or ""
+    value = number * (_SUFFIXES[suffix] if suffix in _SUFFIXES else Decimal(10) ** int(suffix[1:]))
     if value > MAX_QUANTITY:
-        raise ValueError("larger than Kubernetes can hold")
+        raise ValueError("larger than 2^63 - 1")
     return value
+
+
+def _quantity(least: Decimal, wanted: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        try:
+            enough = parse_quantity(text) >= least
+        except ValueError:
+            enough = False
+        if not enough:
+            raise _InvalidError(wanted)
+        return text
+
+    return parse
 
 
 def _name(text: str) -> SessionName:
@@ -185,13 +198,16 @@ def _name(text: str) -> SessionName:
 
 def _dns_label(text: str) -> str:
     if len(text) > MAX_LABEL_VALUE or not _DNS_LABEL.fullmatch(text):
-        raise _InvalidError("a DNS label: at most 63 lower-case letters, digits and '-'")
+        raise _InvalidError(f"a DNS label: at most {MAX_LABEL_VALUE} lower-case letters, digits and '-'")
     return text
 
 
 def _subdomain(text: str) -> str:
     if len(text) > MAX_SUBDOMAIN or not _DNS_SUBDOMAIN.fullmatch(text):
-        raise _InvalidError("an object's name: at most 253 lower-case letters, digits, '-' and '.'")
+        raise _InvalidError(
+            f"an object's name: at most {MAX_SUBDOMAIN} characters, DNS labels of lower-case letters, digits and '-' "
+            "joined by '.'"
+        )
     return text
 
 
@@ -203,24 +219,14 @@ def _image(text: str) -> str:
     return text
 
 
-def _cpu(text: str) -> str:
+def _words(text: str) -> tuple[str, ...]:
     try:
-        value = parse_quantity(text)
-    except ValueError:
-        value = Decimal(0)
-    if value < Decimal("0.001"):
-        raise _InvalidError("a quantity of CPU, at least 1m, such as 500m or 2")
-    return text
-
-
-def _bytes(text: str) -> str:
-    try:
-        value = parse_quantity(text)
-    except ValueError:
-        value = Decimal(0)
-    if value < MIN_MEMORY_BYTES:
-        raise _InvalidError("a quantity of bytes, at least 4Mi, such as 512Mi or 2Gi")
-    return text
+        words = tuple(shlex.split(text))
+    except ValueError as error:
+        raise _InvalidError(f"words, quoted as for a shell ({error})") from None
+    if not words or not words[0]:
+        raise _InvalidError("words, quoted as for a shell, of which the first is the program")
+    return words
 
 
 def _uid(text: str) -> int:
@@ -238,15 +244,16 @@ def _seconds(text: str) -> float:
 
 
 def _sidecar(text: str) -> Sidecar:
-    if text not in list(Sidecar):
-        raise _InvalidError("native, or container for Kubernetes before 1.29")
-    return Sidecar(text)
+    try:
+        return Sidecar(text)
+    except ValueError:
+        raise _InvalidError("native, or container for Kubernetes before 1.29") from None
 
 
-def _pull_policy(text: str) -> PullPolicy:
-    if text not in list(PullPolicy):
+def _pull_policy(text: str) -> str:
+    if text not in ("Always", "IfNotPresent", "Never"):
         raise _InvalidError("Always, IfNotPresent or Never")
-    return PullPolicy(text)
+    return text
 
 
 # --- options ----------------------------------------------------------------------------------------------------------
@@ -254,7 +261,10 @@ def _pull_policy(text: str) -> PullPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One option of ``session up``: how to read it, its default as text (None: none) and what it is for."""
+    """An option of ``session``: how to read it, its default as text (None: none) and what it is for.
+
+    ``NAME`` is an argument; all others begin with ``--``.
+    """
 
     flag: str
     parse: Callable[[str], Any]
@@ -264,26 +274,32 @@ class Option:
 
     @property
     def field(self) -> str:
-        """The attribute that argparse stores it in."""
-        return self.flag[2:].replace("-", "_")
+        """The attribute of SessionSpec, and the name in the values."""
+        return self.flag.lower().lstrip("-").replace("-", "_")
 
 
+_cpu = _quantity(LEAST_CPU, "a quantity of CPU, at least 1m, such as 500m or 2")
+_bytes = _quantity(LEAST_MEMORY, "a quantity of bytes, at least 4Mi, such as 512Mi or 2Gi")
+
+NAME = Option("NAME", _name, None, f"name of the session, at most {MAX_NAME} characters", required=True)
 NAMESPACE = Option("--namespace", _dns_label, None, "namespace (default: the kubeconfig's current one)")
-
 TIMEOUT = Option("--timeout", _seconds, "120", "seconds for everything to be ready (down: to be gone)")
 
-OPTIONS: tuple[Option, ...] = (
+UP_OPTIONS: tuple[Option, ...] = (
+    NAME,
     NAMESPACE,
     Option("--proxy-image", _image, None, "image of session-proxy, the sidecar", required=True),
     Option("--runner-image", _image, None, "image of the runner, which holds no credential", required=True),
     Option("--workspace-image", _image, None, "image of the workspace, in which commands run", required=True),
+    Option("--runner-command", _words, None, "command of the runner, split into words as a shell would; no shell runs"),
     Option("--runner-uid", _uid, "10001", "user id of the runner"),
     Option("--workspace-uid", _uid, "1000", "user id of the workspace"),
     Option("--runner-cpu", _cpu, "500m", "CPU of the runner, requested and limited"),
-    Option("--runner-memory", _bytes, "512Mi", "memory of the runner"),
-    Option("--workspace-cpu", _cpu, "1", "CPU of the workspace"),
-    Option("--workspace-memory", _bytes, "1Gi", "memory of the workspace"),
+    Option("--runner-memory", _bytes, "512Mi", "memory of the runner, requested and limited"),
+    Option("--workspace-cpu", _cpu, "1", "CPU of the workspace, requested and limited"),
+    Option("--workspace-memory", _bytes, "1Gi", "memory of the workspace, requested and limited"),
     Option("--workspace-storage", _bytes, "2Gi", "largest size of the emptyDir at /workspace"),
+    Option("--workspace-claim", _subdomain, None, "existing PersistentVolumeClaim for /workspace instead"),
     Option("--runtime-class", _subdomain, None, "RuntimeClass of the workspace, such as gvisor or kata"),
     Option("--node-name", _subdomain, None, "node for both pods (default: the scheduler's choice)"),
     Option("--image-pull-policy", _pull_policy, None, "Always, IfNotPresent or Never (default: Kubernetes' own)"),
@@ -291,100 +307,38 @@ OPTIONS: tuple[Option, ...] = (
     Option("--sidecar", _sidecar, "native", "native, or container for Kubernetes before 1.29"),
     TIMEOUT,
 )
-"""Every option of ``up`` that takes one value."""
+"""Every option of ``up`` that takes one value. ``--set`` may be repeated and is read by itself."""
 
-
-def add_arguments(session: argparse.ArgumentParser) -> None:
-    """Add the subcommands of ``session``. Wrong arguments exit with 78, because 2 says that nothing is there."""
-    commands = session.add_subparsers(
-        dest="session_command", required=True, metavar="COMMAND", parser_class=_SessionParser
-    )
-    up = commands.add_parser(
-        "up",
-        help="create a session and wait until it is ready",
-        description="Create runner pod, workspace pod and the sidecar's access, all of them or nothing. Exit status: 0 "
-        "ready, 1 failed and rolled back, 78 refused before anything was created.",
-    )
-    down = commands.add_parser(
-        "down",
-        help="remove a session",
-        description="Remove everything that up created. Exit status: 0 nothing of it is left, 1 something is, 78 bad "
-        "arguments.",
-    )
-    status = commands.add_parser(
-        "status",
-        help="say what is there",
-        description="Exit status: 0 ready, 1 not ready, 2 nothing there, 78 bad arguments.",
-    )
-    for parser, options in ((up, OPTIONS), (down, (NAMESPACE, TIMEOUT)), (status, (NAMESPACE,))):
-        parser.add_argument("name", metavar="NAME", help=f"the session's name, at most {MAX_NAME} characters")
-        for option in options:
-            note = f" (default: {option.default})" if option.default else ""
-            names = ("-n", option.flag) if option is NAMESPACE else (option.flag,)
-            parser.add_argument(*names, dest=option.field, metavar="VALUE", help=option.help + note)
-    up.add_argument(
-        "--set",
-        dest="settings",
-        action="append",
-        default=[],
-        metavar="SETTING=VALUE",
-        help="setting of the sidecar, such as EXEC_TIMEOUT_SECONDS=60; may be repeated",
-    )
-    up.add_argument(
-        "runner_command", nargs="*", metavar="-- COMMAND", help="command of the runner (default: its image's own)"
-    )
-
-
-class _SessionParser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        self.print_usage()
-        self.exit(78, f"{self.prog}: error: {message}\n")
+DOWN_OPTIONS = (NAME, NAMESPACE, TIMEOUT)
+STATUS_OPTIONS = (NAME, NAMESPACE)
 
 
 def parse_name(values: Mapping[str, Any]) -> tuple[SessionName, str | None, float]:
     """Return name, namespace and timeout, which ``status`` and ``down`` need. Raises ConfigError."""
     problems: list[str] = []
-    fields = _read((NAMESPACE, TIMEOUT), values, problems)
+    fields = _read(DOWN_OPTIONS, values, problems)
     if problems:
         raise ConfigError(problems)
     return fields["name"], fields["namespace"], fields["timeout"]
 
 
 def parse_spec(values: Mapping[str, Any]) -> SessionSpec:
-    """Read the options of ``up``. Raises ConfigError with all problems, the policy's verdict on the pods included."""
+    """Read the options of ``up``. Raises ConfigError with all problems, the sidecar's verdict on the pod included."""
     problems: list[str] = []
-    fields = _read(OPTIONS, values, problems)
+    fields = _read(UP_OPTIONS, values, problems)
+    if values.get("workspace_storage") and values.get("workspace_claim"):
+        problems.append("--workspace-storage and --workspace-claim are both given; /workspace is one or the other")
     settings = _settings(values.get("settings") or (), problems)
-    command = tuple(values.get("runner_command") or ())
-    if any("\0" in word for word in command):
-        problems.append("the runner's command holds a NUL byte, which no argument can")
     try:
-        policy = sidecar_policy(settings)
+        # The names stand for those that the pod's own fields will fill in.
+        config = parse_config({**settings, "SESSION_NAME": "any", "OWNER_MODE": "self", "POD_UID": "any"})
     except ConfigError as error:
         raise ConfigError([*problems, *(f"--set {problem}" for problem in error.problems)]) from None
+    if not problems:
+        fields["runner_command"] = fields["runner_command"] or ()
+        spec = SessionSpec(**fields, settings=settings, wrapper=config.wrapper)
+        problems += _violations(spec, config)
     if problems:
-        raise ConfigError(problems)
-    spec = SessionSpec(
-        name=fields["name"],
-        namespace=fields["namespace"],
-        proxy_image=fields["proxy_image"],
-        runner_image=fields["runner_image"],
-        runner_command=command,
-        runner_uid=fields["runner_uid"],
-        runner=Resources(fields["runner_cpu"], fields["runner_memory"]),
-        workspace_image=fields["workspace_image"],
-        workspace_uid=fields["workspace_uid"],
-        workspace=Resources(fields["workspace_cpu"], fields["workspace_memory"]),
-        workspace_storage=fields["workspace_storage"],
-        runtime_class=fields["runtime_class"],
-        node_name=fields["node_name"],
-        image_pull_policy=fields["image_pull_policy"],
-        image_pull_secret=fields["image_pull_secret"],
-        sidecar=fields["sidecar"],
-        settings=settings,
-        timeout_seconds=fields["timeout"],
-    )
-    if problems := _violations(spec, policy):
         raise ConfigError(problems)
     return spec
 
@@ -395,18 +349,16 @@ def _shown(text: str) -> str:
 
 def _read(options: Sequence[Option], values: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
-    for option in (Option("NAME", _name, None, "", required=True), *options):
-        flag, field = (option.flag, option.field) if option.flag.startswith("--") else ("NAME", "name")
-        text = values.get(field) or option.default
-        fields[field] = None
-        if text is None:
-            if option.required:
-                problems.append(f"{flag} is not given; it must be the {option.help or 'name of the session'}")
-            continue
-        try:
-            fields[field] = option.parse(str(text))
-        except _InvalidError as error:
-            problems.append(f"{flag} is {_shown(str(text))}; it must be {error}")
+    for option in options:
+        text = values.get(option.field) or option.default
+        fields[option.field] = None
+        if text is not None:
+            try:
+                fields[option.field] = option.parse(text)
+            except _InvalidError as error:
+                problems.append(f"{option.flag} is {_shown(text)}; it must be {error}")
+        elif option.required:
+            problems.append(f"{option.flag} is not given; it must be the {option.help}")
     return fields
 
 
@@ -427,31 +379,23 @@ def _settings(assignments: Sequence[str], problems: list[str]) -> dict[str, str]
     return settings
 
 
-def sidecar_policy(settings: Mapping[str, str]) -> PolicySettings:
-    """Return the policy that a sidecar with these settings applies. Raises ConfigError."""
-    config = parse_config({**settings, "SESSION_NAME": "any", "OWNER_MODE": "self", "POD_UID": "any"})
-    return PolicySettings(
+def _violations(spec: SessionSpec, config: Config) -> list[str]:
+    """Hold the workspace against what its sidecar will demand: only the image can be at odds with it, by ``--set``."""
+    policy = PolicySettings(
         level=config.pod_security_level,
         allowed_images=config.allowed_images,
         require_image_digest=config.require_image_digest,
         container=WORKSPACE_CONTAINER,
     )
-
-
-def _violations(spec: SessionSpec, policy: PolicySettings) -> list[str]:
-    """Hold the workspace against what its sidecar will demand, the runner against what namespaces usually enforce."""
-    pods = (
-        (workspace_pod(spec, "any"), policy),
-        (runner_pod(spec), PolicySettings(level=Level.RESTRICTED, session_rules=False)),
-    )
     return [
-        f"pod {pod['metadata']['name']}: {violation.field} is {violation.value}; it must be {violation.expected}"
-        for pod, settings in pods
-        for violation in evaluate(pod, settings)
+        f"--workspace-image gives {violation.field} {violation.value}; the sidecar's --set demands {violation.expected}"
+        for violation in evaluate(workspace_pod(spec, "any"), policy)
     ]
 
 
 # --- manifests --------------------------------------------------------------------------------------------------------
+
+RBAC = "rbac.authorization.k8s.io"
 
 ROLE_VERBS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("pods", ("get", "list", "watch")),
@@ -470,6 +414,7 @@ def manifests(spec: SessionSpec, runner_uid: str) -> tuple[Manifest, ...]:
 
 def owner_reference(name: SessionName, runner_uid: str, *, controller: bool = False) -> Manifest:
     """Refer to the runner pod, so that the garbage collector follows it."""
+    # Without blockOwnerDeletion, for which some clusters demand a permission on the runner pod's finalizers.
     reference: Manifest = {"apiVersion": "v1", "kind": "Pod", "name": name.runner, "uid": runner_uid}
     return reference | {"controller": True} if controller else reference
 
@@ -487,7 +432,7 @@ def service_account(name: SessionName) -> Manifest:
 def role(name: SessionName) -> Manifest:
     """Return the sidecar's permissions: this one workspace pod."""
     return {
-        "apiVersion": "rbac.authorization.k8s.io/v1",
+        "apiVersion": f"{RBAC}/v1",
         "kind": "Role",
         "metadata": _metadata(name.access, name),
         "rules": [
@@ -500,10 +445,10 @@ def role(name: SessionName) -> Manifest:
 def role_binding(name: SessionName) -> Manifest:
     """Give the role to the sidecar's identity."""
     return {
-        "apiVersion": "rbac.authorization.k8s.io/v1",
+        "apiVersion": f"{RBAC}/v1",
         "kind": "RoleBinding",
         "metadata": _metadata(name.access, name),
-        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": name.access},
+        "roleRef": {"apiGroup": RBAC, "kind": "Role", "name": name.access},
         "subjects": [{"kind": "ServiceAccount", "name": name.access}],
     }
 
@@ -513,36 +458,29 @@ def runner_pod(spec: SessionSpec) -> Manifest:
     runner: Manifest = {
         "name": RUNNER_CONTAINER,
         "image": spec.runner_image,
-        "env": [{"name": "SESSION_PROXY_URL", "value": "http://127.0.0.1:8080"}],
-        "resources": _resources(spec.runner.cpu, spec.runner.memory),
+        "env": [{"name": "SESSION_PROXY_URL", "value": PROXY_URL}],
+        "resources": _resources(spec.runner_cpu, spec.runner_memory),
         "securityContext": _container_context(spec.runner_uid),
         "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}],  # noqa: S108 (in the container)
     }
     if spec.runner_command:
-        runner["command"] = list(spec.runner_command)
+        # Doubled, because Kubernetes expands $(NAME) and $$ in a command.
+        runner["command"] = [word.replace("$", "$$") for word in spec.runner_command]
     sidecar = _sidecar_container(spec)
-    native = spec.sidecar is Sidecar.NATIVE
-    if native:
-        sidecar["restartPolicy"] = "Always"
-    for container in (runner, sidecar):
-        _pull(container, spec)
-    pod = {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": _metadata(spec.name.runner, spec.name, kind="runner"),
-        "spec": {
-            **_pod_spec(spec, RUNNER_GRACE_SECONDS),
-            "serviceAccountName": spec.name.access,
-            "containers": [runner] if native else [sidecar, runner],
-            "volumes": [
-                {"name": "tmp", "emptyDir": {"sizeLimit": "256Mi"}},
-                {"name": "session-proxy-token", "projected": {"sources": _token_sources()}},
-            ],
-        },
+    pod_spec = {
+        **_pod_spec(spec, RUNNER_GRACE_SECONDS),
+        "serviceAccountName": spec.name.access,
+        "volumes": [
+            {"name": "tmp", "emptyDir": {"sizeLimit": "256Mi"}},
+            {"name": "session-proxy-token", "projected": {"sources": _token_sources()}},
+        ],
     }
-    if native:
-        pod["spec"]["initContainers"] = [sidecar]  # type: ignore[index]
-    return pod
+    if spec.sidecar is Sidecar.NATIVE:
+        sidecar["restartPolicy"] = "Always"
+        pod_spec |= {"initContainers": [sidecar], "containers": [runner]}
+    else:
+        pod_spec |= {"containers": [sidecar, runner]}
+    return _pod(spec, _metadata(spec.name.runner, spec.name, kind="runner"), pod_spec)
 
 
 def workspace_pod(spec: SessionSpec, runner_uid: str) -> Manifest:
@@ -551,33 +489,32 @@ def workspace_pod(spec: SessionSpec, runner_uid: str) -> Manifest:
         "name": WORKSPACE_CONTAINER,
         "image": spec.workspace_image,
         "workingDir": "/workspace",
-        "resources": _resources(spec.workspace.cpu, spec.workspace.memory),
+        "resources": _resources(spec.workspace_cpu, spec.workspace_memory),
         "securityContext": _container_context(spec.workspace_uid),
         "volumeMounts": [
             {"name": "workspace", "mountPath": "/workspace"},
             {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 (in the container)
         ],
     }
-    if spec.settings.get("WRAPPER") != "none":
+    if spec.wrapper is Wrapper.SH:
         # The daemon needs this shell anyway. It also reaps, and ends at once; images without one start as they are.
         container["command"] = ["/bin/sh", "-c", IDLE]
-    _pull(container, spec)
     metadata = _metadata(spec.name.workspace, spec.name, kind="workspace")
     # controller: a pod that has one is never adopted by a ReplicaSet whose labels it happens to match.
     metadata["ownerReferences"] = [owner_reference(spec.name, runner_uid, controller=True)]
-    pod_spec = _pod_spec(spec, WORKSPACE_GRACE_SECONDS)
+    storage: Manifest = {"emptyDir": {"sizeLimit": spec.workspace_storage}}
+    if spec.workspace_claim is not None:
+        storage = {"persistentVolumeClaim": {"claimName": spec.workspace_claim}}
+    pod_spec = {
+        **_pod_spec(spec, WORKSPACE_GRACE_SECONDS),
+        "containers": [container],
+        "volumes": [{"name": "workspace", **storage}, {"name": "tmp", "emptyDir": {"sizeLimit": "256Mi"}}],
+    }
     # For volumes that belong to root when they are new, as those of a PersistentVolumeClaim do.
     pod_spec["securityContext"]["fsGroup"] = spec.workspace_uid
-    pod_spec |= {
-        "containers": [container],
-        "volumes": [
-            {"name": "workspace", "emptyDir": {"sizeLimit": spec.workspace_storage}},
-            {"name": "tmp", "emptyDir": {"sizeLimit": "256Mi"}},
-        ],
-    }
     if spec.runtime_class is not None:
         pod_spec["runtimeClassName"] = spec.runtime_class
-    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": pod_spec}
+    return _pod(spec, metadata, pod_spec)
 
 
 def _metadata(object_name: str, name: SessionName, *, kind: str | None = None) -> Manifest:
@@ -600,9 +537,11 @@ def _pod_spec(spec: SessionSpec, grace: int) -> Manifest:
     return pod_spec
 
 
-def _pull(container: Manifest, spec: SessionSpec) -> None:
+def _pod(spec: SessionSpec, metadata: Manifest, pod_spec: Manifest) -> Manifest:
     if spec.image_pull_policy is not None:
-        container["imagePullPolicy"] = str(spec.image_pull_policy)
+        for container in (*pod_spec.get("initContainers", ()), *pod_spec["containers"]):
+            container["imagePullPolicy"] = spec.image_pull_policy
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": pod_spec}
 
 
 def _resources(cpu: str, memory: str) -> Manifest:

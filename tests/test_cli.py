@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from session_proxy import __version__, cli
+from session_proxy import __version__, cli, session_spec
 from session_proxy.cli import EXIT_CONFIG, build_parser, main
 from session_proxy.config import SETTINGS
 
@@ -56,7 +56,7 @@ def help_of(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 
 def test_the_help_names_every_subcommand(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     parsers = next(action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
-    assert {"serve", "dev", "check", "health"} <= set(parsers.choices)
+    assert {"serve", "dev", "check", "health", "session"} <= set(parsers.choices)
     text = help_of(capsys, monkeypatch)
     for subcommand in parsers.choices:
         assert f" {subcommand} " in text
@@ -70,12 +70,29 @@ def test_the_help_names_every_subcommand(capsys: pytest.CaptureFixture[str], mon
         ("dev", ["This is no sandbox", "--dir", "--workspace", "--kubeconfig"]),
         ("check", ["0 all acceptable, 1 violations, 2", "--level", "--allowed-images", "--require-image-digest"]),
         ("health", ["0 healthy, 1 not", "--ready", "--listen-addr", "--listen-socket", "--listen-token-file"]),
+        ("session", ["KUBECONFIG", "up", "status", "down"]),
+        (
+            "session up",
+            [
+                "0 ready; 1 failed or interrupted, and nothing is left; 4 failed or interrupted, and what is named may be",
+                "78 refused before anything was created",
+                "--set SETTING=VALUE",
+                "--dry-run",
+                *(f"{option.flag} VALUE {option.help}" for option in session_spec.UP_OPTIONS[2:]),
+                "(default: 512Mi)",
+            ],
+        ),
+        (
+            "session down",
+            ["0 nothing of it is left; 1 something is still there; 4 the cluster", "--timeout", "-n VALUE"],
+        ),
+        ("session status", ["0 ready; 1 not ready, or not all there; 3 nothing there; 4", "--namespace VALUE"]),
     ],
 )
 def test_each_subcommand_explains_itself(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, subcommand: str, words: list[str]
 ) -> None:
-    text = help_of(capsys, monkeypatch, subcommand)
+    text = help_of(capsys, monkeypatch, *subcommand.split())
     for word in words:
         assert word in text
 
@@ -98,7 +115,19 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.parametrize(
-    "argv", [[], ["run"], ["serve", "--nosuch", "x"], ["serve", "extra"], ["check"], ["check", "--level", "x", "-"]]
+    "argv",
+    [
+        [],
+        ["run"],
+        ["serve", "--nosuch", "x"],
+        ["serve", "extra"],
+        ["check"],
+        ["check", "--level", "x", "-"],
+        ["session"],
+        ["session", "restart", "demo"],
+        ["session", "up"],
+        ["session", "status", "demo", "--timeout", "3"],
+    ],
 )
 def test_wrong_usage_is_exit_status_2(capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
     assert "usage: session-proxy" in usage_error(capsys, *argv)
@@ -110,6 +139,16 @@ def test_every_setting_is_a_flag_of_the_same_name() -> None:
     assert {name: arguments[name] for name in (setting.variable for setting in SETTINGS)} == {
         setting.variable: f"<{setting.variable}>" for setting in SETTINGS
     }
+
+
+def test_every_option_of_session_up_is_a_flag_that_reaches_it() -> None:
+    flags = [option for option in session_spec.UP_OPTIONS if option.flag.startswith("--")]
+    argv = ["session", "up", "demo", *(word for option in flags for word in (option.flag, f"<{option.field}>"))]
+    arguments = vars(build_parser().parse_args([*argv, "--set", "A=1", "--set", "B=2", "--dry-run"]))
+    assert {option.field: arguments[option.field] for option in flags} == {
+        option.field: f"<{option.field}>" for option in flags
+    }
+    assert (arguments["name"], arguments["settings"], arguments["dry_run"]) == ("demo", ["A=1", "B=2"], True)
 
 
 # --- settings -------------------------------------------------------------------------------------------------------
