@@ -689,7 +689,7 @@ async def _remove(
     at_least: float = 0,
     grace_seconds: int | None = None,
 ) -> list[_Object]:
-    """Delete the session's objects that are ``ours`` and look until there are none; return what is left in the end.
+    """Delete the session's objects that are ``ours`` and look until they are gone; return what is left in the end.
 
     Whatever fails is tried again until the time is over: the API server may be restarting.
     """
@@ -697,32 +697,35 @@ async def _remove(
     deleted: set[tuple[str, int | None]] = set()
     settled = time.monotonic() + at_least
 
-    async def look(item: _Object) -> None:
-        try:
-            found = await cluster.find(item)
-            if found is None or not ours(found):
-                left.discard(item)
-                return
-            left.add(item)
-            uid = str(found["metadata"]["uid"])
-            # Where nothing runs nothing has to end. Kubernetes 1.20 was seen to take up to 89 s more to find that out.
-            grace = grace_seconds if _runs(found) else 0
-            if (uid, grace) not in deleted:
-                await cluster.delete(item, uid, grace)
-                deleted.add((uid, grace))
-                progress(item, "being deleted")
-        except (KubeError, SessionError) as error:
-            left.add(item)
-            progress(item, _reason(error))
+    async def remove(item: _Object) -> None:
+        while True:
+            try:
+                found = await cluster.find(item)
+                if found is None or not ours(found):
+                    left.discard(item)
+                    if time.monotonic() >= settled:
+                        return
+                else:
+                    left.add(item)
+                    await end(item, found)
+            except (KubeError, SessionError) as error:
+                left.add(item)
+                progress(item, _reason(error))
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def end(item: _Object, found: Manifest) -> None:
+        uid = str(found["metadata"]["uid"])
+        # Where nothing runs nothing has to end. Kubernetes 1.20 was seen to take up to 89 s more to find that out.
+        grace = grace_seconds if _runs(found) else 0
+        if (uid, grace) not in deleted:
+            await cluster.delete(item, uid, grace)
+            deleted.add((uid, grace))
+            progress(item, "being deleted")
 
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
-            while True:
-                # All at once: one that gets no answer holds up none of the others.
-                await asyncio.gather(*map(look, _objects(name)))
-                if not left and time.monotonic() >= settled:
-                    break
-                await asyncio.sleep(POLL_SECONDS)
+            # All at once: one that gets no answer holds up none of the others.
+            await asyncio.gather(*map(remove, _objects(name)))
     return [item for item in _objects(name) if item in left]
 
 
