@@ -14,37 +14,20 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
+from oncluster import NEEDS_CLUSTER, Json, kubectl, node_name, server_minor, session_proxy_image
 
-from session_proxy.session import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_NOTHING_THERE, server_release
+from session_proxy.session import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_NOTHING_THERE
+from session_proxy.session_spec import MIN_SERVER
 
-pytestmark = [
-    pytest.mark.cluster,
-    pytest.mark.skipif("KUBECONFIG" not in os.environ, reason="KUBECONFIG names no cluster"),
-    pytest.mark.timeout(180),
-]
+pytestmark = [*NEEDS_CLUSTER, pytest.mark.timeout(180, func_only=True)]  # the first waits for the image
 
-Json = dict[str, Any]
 KINDS = "pods,serviceaccounts,roles,rolebindings"
 WORKSPACE_IMAGE = "localhost/workspace:dev"
 ENDS_WHEN_TOLD = "sh -c \"trap 'exit 0' TERM; while :; do sleep 1 & wait $!; done\""
 SECONDS_TO_COLLECT = 30.0
-
-
-def kubectl(*arguments: str, text: str | None = None) -> str:
-    """Run kubectl; one more try, since the API server may just be restarting."""
-    done = subprocess.CompletedProcess[str]([], 1, "", "")
-    for wait in (0, 3):
-        time.sleep(wait)
-        done = subprocess.run(
-            ["kubectl", *arguments], input=text, capture_output=True, text=True, check=False, timeout=90
-        )
-        if done.returncode == 0:
-            return done.stdout
-    raise AssertionError(f"kubectl {arguments}: {done.stderr}")
 
 
 @dataclass
@@ -76,30 +59,24 @@ class Site:
         return found
 
 
-@pytest.fixture(scope="module")
-def proxy_image() -> str:
-    image = os.environ.get("SESSION_PROXY_IMAGE")
-    if not image:
-        pytest.skip("SESSION_PROXY_IMAGE names no image of session-proxy that the cluster has")
-    return image
-
-
-def new_site(proxy_image: str) -> Site:
+def new_site() -> Site:
+    images = {
+        "--proxy-image": session_proxy_image(),
+        "--runner-image": WORKSPACE_IMAGE,
+        "--workspace-image": WORKSPACE_IMAGE,
+    }
+    small = {"--runner-cpu": "10m", "--runner-memory": "32Mi", "--workspace-cpu": "10m", "--workspace-memory": "64Mi"}
+    where = {"--node-name": node_name(), "--image-pull-policy": "Never", "--runner-command": ENDS_WHEN_TOLD}
+    where |= {"--sidecar": "native" if (1, server_minor()) >= MIN_SERVER else "container"}
+    options = [word for pair in (images | small | where).items() for word in pair]
     namespace = f"session-proxy-test-{secrets.token_hex(3)}"
     kubectl("create", "namespace", namespace)
-    node = kubectl("get", "nodes", "-o", "jsonpath={.items[0].metadata.name}")
-    release = server_release(json.loads(kubectl("get", "--raw", "/version")))
-    images = {"--proxy-image": proxy_image, "--runner-image": WORKSPACE_IMAGE, "--workspace-image": WORKSPACE_IMAGE}
-    small = {"--runner-cpu": "10m", "--runner-memory": "32Mi", "--workspace-cpu": "10m", "--workspace-memory": "64Mi"}
-    where = {"--node-name": node, "--image-pull-policy": "Never", "--runner-command": ENDS_WHEN_TOLD}
-    where |= {"--sidecar": "native" if release >= (1, 29) else "container"}
-    options = [word for pair in (images | small | where).items() for word in pair]
     return Site(namespace, options)
 
 
 @pytest.fixture(scope="module")
-def site(proxy_image: str) -> Iterator[Site]:
-    made = new_site(proxy_image)
+def site() -> Iterator[Site]:
+    made = new_site()
     yield made
     kubectl("delete", "namespace", made.namespace, "--wait=false")
 
@@ -238,8 +215,8 @@ def test_an_image_that_does_not_exist_leaves_nothing_behind(site: Site, name: st
     assert site.left_of(name) == []
 
 
-def test_a_quota_that_refuses_the_second_pod_leaves_nothing_behind(proxy_image: str, name: str) -> None:
-    site = new_site(proxy_image)
+def test_a_quota_that_refuses_the_second_pod_leaves_nothing_behind(name: str) -> None:
+    site = new_site()
     try:
         kubectl("create", "quota", "one-pod", "--hard=pods=1", "-n", site.namespace)
         deadline = time.monotonic() + 20
@@ -294,7 +271,7 @@ def test_a_name_that_something_else_has_is_refused_and_that_stays(site: Site, na
 
 
 def test_what_the_cluster_lacks_is_refused_before_anything_is_created(site: Site, name: str) -> None:
-    native = [*(() if "native" in site.options else ("--sidecar", "native"))]
+    native = [] if (1, server_minor()) >= MIN_SERVER else ["--sidecar", "native"]
     options = [*native, "--runtime-class", "nosuch", "--node-name", "nosuch", "--workspace-claim", "nosuch"]
     up = site.run("up", name, *options)
     assert up.returncode == EXIT_CONFIG
