@@ -122,7 +122,7 @@ def _add_session(session: argparse.ArgumentParser) -> None:
         (status, session_spec.STATUS_OPTIONS),
     ):
         for option in options:
-            note = f" (default: {option.default})" if option.default else ""
+            note = f" (default: {option.default})" if option.default else " (required)" if option.required else ""
             if option is session_spec.NAME:
                 parser.add_argument(option.field, metavar=option.flag, help=option.help)
             else:

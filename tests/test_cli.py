@@ -79,6 +79,7 @@ def test_the_help_names_every_subcommand(capsys: pytest.CaptureFixture[str], mon
                 "--set SETTING=VALUE",
                 "--dry-run",
                 *(f"{option.flag} VALUE {option.help}" for option in session_spec.UP_OPTIONS[2:]),
+                "image of session-proxy, the sidecar (required)",
                 "(default: 512Mi)",
             ],
         ),
