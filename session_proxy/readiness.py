@@ -7,8 +7,11 @@ from typing import Protocol
 from session_proxy.errors import RefusedError
 from session_proxy.workspace import Workspace
 
-NEEDED = (("get", ""), ("list", ""), ("watch", ""), ("get", "exec"), ("create", "exec"))
+NEEDED = (("get", ""), ("watch", ""), ("get", "exec"), ("create", "exec"))
 """Verbs on pods and pods/exec. The exec websocket is ``get`` up to Kubernetes 1.34 and ``create`` from 1.35."""
+
+NEEDED_BY_SELECTOR = (*NEEDED[:1], ("list", ""), *NEEDED[1:])
+"""The same for a workspace that is found by labels; a name needs no list."""
 
 CACHE_SECONDS = 2.0
 """How long an answer is given again, so that probes cost the API server little."""
@@ -24,7 +27,8 @@ class AccessReviewer(Protocol):
 class Readiness:
     """Answers ``/readyz``; one look at a time, kept for CACHE_SECONDS."""
 
-    def __init__(self, workspace: Workspace, access: AccessReviewer) -> None:
+    def __init__(self, workspace: Workspace, access: AccessReviewer, *, by_selector: bool) -> None:
+        self._needed = NEEDED_BY_SELECTOR if by_selector else NEEDED
         self._workspace = workspace
         self._access = access
         self._lock = asyncio.Lock()
@@ -45,10 +49,10 @@ class Readiness:
             await self._workspace.locate()
         except RefusedError as error:
             found.append({"reason": error.reason, "detail": error.detail})
-        answers = await asyncio.gather(*(self._allowed(*need) for need in NEEDED))
+        answers = await asyncio.gather(*(self._allowed(*need) for need in self._needed))
         missing = [
             f"{verb} pods{'/' * bool(sub)}{sub}"
-            for (verb, sub), answer in zip(NEEDED, answers, strict=True)
+            for (verb, sub), answer in zip(self._needed, answers, strict=True)
             if answer is False
         ]
         if missing:

@@ -175,7 +175,7 @@ async def running(config: Config, environ: Mapping[str, str], logger: Any) -> As
     application = app.make_app(
         executor,
         workspace,
-        Readiness(workspace, client),
+        Readiness(workspace, client, by_selector=config.workspace_pod is None),
         app.AppSettings(
             bounds=wire.RequestBounds(
                 default_timeout_seconds=config.exec_timeout_seconds,

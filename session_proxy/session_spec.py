@@ -398,10 +398,10 @@ def _violations(spec: SessionSpec, config: Config) -> list[str]:
 RBAC = "rbac.authorization.k8s.io"
 
 ROLE_VERBS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("pods", ("get", "list", "watch")),
+    ("pods", ("get", "watch")),
     ("pods/exec", ("get", "create")),
 )
-"""All the sidecar may do. ``list`` and ``watch`` under resourceNames need a field selector on the name."""
+"""All the sidecar may do. ``watch`` under resourceNames needs a field selector on the name."""
 
 
 def manifests(spec: SessionSpec, runner_uid: str) -> tuple[Manifest, ...]:

@@ -11,7 +11,7 @@ import pytest
 import session_proxy
 
 PACKAGE = Path(session_proxy.__file__).parent
-PURE = ("policy", "ownership", "remotecommand", "wire", "wrapper", "config", "errors")
+PURE = ("policy", "ownership", "remotecommand", "wire", "wrapper", "config", "errors", "session_spec")
 IMPURE_IMPORTS = {"asyncio", "aiohttp", "kubernetes_asyncio", "structlog", "subprocess", "socket", "threading", "os"}
 IO_NAMES = {"environ", "getenv", "putenv", "open", "print", "input", "exec", "eval", "__import__"}
 

@@ -236,3 +236,16 @@ async def test_health_asks_where_it_is_let_in(cluster: DevCluster, start: StartD
     )
     _, said = await process.communicate()
     assert (process.returncode, said) == (0, b"")
+
+
+async def test_a_workspace_that_is_named_needs_no_list(cluster: DevCluster, start: StartDaemon) -> None:
+    """So the Role need not have it, and readiness does not ask for it."""
+    add_workspace(cluster)
+    cluster.faults.forbidden.add("list pods")
+    named = await start(cluster, WORKSPACE_POD="workspace")
+    assert await named.get("/readyz") == (200, {"status": "ok", "reasons": []})
+    assert (await named.run("echo", "ok"))[1].data("stdout") == b"ok\n"
+    by_selector = await start(cluster)
+    status, readiness = await by_selector.get("/readyz")
+    assert status == 503
+    assert "list pods" in " ".join(reason["detail"] for reason in readiness["reasons"])
