@@ -300,7 +300,7 @@ def test_who_may_do_nothing_is_told_every_verb_that_is_missing(site: Site, name:
     assert up.returncode == EXIT_CONFIG
     rbac = "rbac.authorization.k8s.io"
     missing = {
-        "create, get, delete, list, watch pods",
+        "create, get, delete, watch pods",
         "get, create pods/exec",
         "create, get, delete, patch serviceaccounts",
         f"create, get, delete roles.{rbac}",
