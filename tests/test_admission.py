@@ -255,6 +255,20 @@ def pod(
     }
 
 
+def with_image(manifest: Manifest, image: str, containers: str = "containers") -> Manifest:
+    """The same pod with another image: containers are as they were, but for the first of a kind."""
+    changed = copy.deepcopy(manifest)
+    changed["spec"][containers][0]["image"] = image
+    return changed
+
+
+def runner_pod() -> Manifest:
+    """A runner pod with the sidecar that holds the token."""
+    runner = pod(RUNNER)
+    runner["spec"]["initContainers"] = [{"name": "session-proxy", "image": "i", "restartPolicy": "Always"}]
+    return runner
+
+
 def generated(labels: Mapping[str, str]) -> Manifest:
     created = pod(labels, generateName="demo-")
     del created["metadata"]["name"]
@@ -293,6 +307,7 @@ def connect(user: str, subresource: str = "exec", **options: Any) -> Request:
 CREATES = "may create session pods"
 LABELS = "set or change the labels"
 OWNERS = "set or change the owner references"
+IMAGES = "change the images of session pods"
 SUBRESOURCES = "by way of its subresources"
 EPHEMERAL = "no ephemeral container"
 CONTAINER = "the workspace container only"
@@ -305,6 +320,11 @@ ALLOWED = {
     "a creator creates a workspace": create(CREATOR, pod(WORKSPACE, (OWNER,))),
     "a creator creates a runner": create(CREATOR, pod(RUNNER)),
     "a creator sets the owner": update(CREATOR, pod(WORKSPACE), pod(WORKSPACE, (OWNER,))),
+    "a creator changes an image": update(CREATOR, runner_pod(), with_image(runner_pod(), "j", "initContainers")),
+    "a person changes the image of an ordinary pod": update(PERSON, pod(), with_image(pod(), "j")),
+    "a person annotates a runner": update(
+        PERSON, runner_pod(), pod(RUNNER, annotations={}) | {"spec": runner_pod()["spec"]}
+    ),
     "a creator takes labels away": update(CREATOR, pod(WORKSPACE), pod()),
     "a person creates an ordinary pod": create(PERSON, pod()),
     "a person creates a pod with a generated name": create(PERSON, generated({"app": "web"})),
@@ -361,6 +381,12 @@ DENIED = {
     "a node makes a static workspace": (create(NODE, pod(WORKSPACE)), CREATES),
     "the sidecar creates a workspace": (create(SIDECAR, pod(WORKSPACE)), CREATES),
     "a person whose name begins as a creator's": (create(CREATOR[:-1], pod(WORKSPACE)), CREATES),
+    "a person changes the sidecar's image": (
+        update(PERSON, runner_pod(), with_image(runner_pod(), "j", "initContainers")),
+        IMAGES,
+    ),
+    "a person changes the runner's image": (update(PERSON, runner_pod(), with_image(runner_pod(), "j")), IMAGES),
+    "a person changes the workspace's image": (update(PERSON, pod(WORKSPACE), with_image(pod(WORKSPACE), "j")), IMAGES),
     "a person labels a pod as a workspace": (update(PERSON, pod(), pod(WORKSPACE)), LABELS),
     "a person adds type to session": (update(PERSON, pod({"session": "demo"}), pod(WORKSPACE)), LABELS),
     "a person adds session to type": (update(PERSON, pod({"type": "workspace"}), pod(WORKSPACE)), LABELS),
