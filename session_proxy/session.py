@@ -321,7 +321,8 @@ def _check(status: int, answer: Mapping[str, Any], what: str) -> Manifest:
     if status < HTTPStatus.MULTIPLE_CHOICES:
         return dict(answer)
     taken = answer.get("reason") == "AlreadyExists"
-    raise SessionError(f"{what}: {'the name is taken' if taken else _message(status, answer)}")
+    # `up` says by itself what it left behind; to the others the cluster did not answer their question.
+    raise SessionError(f"{what}: {'the name is taken' if taken else _message(status, answer)}", EXIT_UNKNOWN)
 
 
 def _message(status: int, answer: Mapping[str, Any]) -> str:

@@ -1058,6 +1058,14 @@ def test_who_may_not_remove_a_session_is_told_what_is_missing(api: FakeApi, caps
     assert "may not get roles" in said(capsys)
 
 
+def test_who_may_not_ask_learns_nothing_of_a_session(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither that something is still there, nor that it is not ready."""
+    api.fault("POST", "selfsubjectaccessreviews", refuse(403, "Forbidden", "no"), range(1, 100))
+    for command in (down, status):
+        assert command() == EXIT_UNKNOWN
+        assert "permissions cannot be asked for" in said(capsys)
+
+
 def test_an_interrupted_down_knows_nothing(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
     assert up() == EXIT_DONE
     capsys.readouterr()
