@@ -77,8 +77,8 @@ def build_parser() -> argparse.ArgumentParser:
     session = commands.add_parser(
         "session",
         help="create, show or remove a session on a cluster",
-        description="For the platform's side, with a kubeconfig of one's own (KUBECONFIG): a runner pod with the "
-        "sidecar, and the workspace pod that it owns.",
+        description="For the platform's side, with a kubeconfig of one's own (KUBECONFIG, else ~/.kube/config): a "
+        "runner pod with the sidecar, and the workspace pod that it owns.",
     )
     _add_session(session)
     return parser
@@ -107,14 +107,14 @@ def _add_session(session: argparse.ArgumentParser) -> None:
         "down",
         help="remove a session",
         description="Remove everything that `up` created, and nothing else; safe to repeat. Exit status: 0 nothing of "
-        "it is left; 1 something is still there; 4 the cluster could not be asked; 78 refused before anything was "
-        "removed.",
+        "it is left; 1 something is still there; 4 the cluster could not be asked, or interrupted; 78 refused before "
+        "anything was removed.",
     )
     status = commands.add_parser(
         "status",
         help="say what is there",
         description="Say what is there of a session. Exit status: 0 ready; 1 not ready, or not all there; 3 nothing "
-        "there; 4 the cluster could not be asked; 78 refused.",
+        "there; 4 the cluster could not be asked, or interrupted; 78 refused.",
     )
     for parser, options in (
         (up, session_spec.UP_OPTIONS),

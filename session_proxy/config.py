@@ -346,8 +346,8 @@ def _across(values: Mapping[str, str], fields: dict[str, Any]) -> list[str]:
             fields["owner_mode"] = OwnerMode.UID
         else:
             problems.append(
-                "OWNER_MODE is not set; it must be uid (with OWNER_UID), self or sibling (with POD_NAME and POD_UID), "
-                "or none, which runs commands in any pod that the selector matches"
+                "OWNER_MODE is not set; it must be uid (with OWNER_UID), self (with POD_UID), sibling (with POD_NAME "
+                "and POD_UID), or none, which runs commands in any pod that the selector matches"
             )
     needs = {OwnerMode.UID: ("OWNER_UID",), OwnerMode.SELF: ("POD_UID",), OwnerMode.SIBLING: ("POD_NAME", "POD_UID")}
     mode = fields["owner_mode"]

@@ -664,7 +664,7 @@ def _error(code: int, body: bytes, verb: str, resource: str) -> KubeError:
         case 401:
             return KubeUnauthorizedError("the API server does not accept the credential, also not read anew")
         case 403 if status is not None:
-            # The API server knows best which verb it looked for: the exec websocket is "get", and "create" from 1.35.
+            # The API server knows best which verb it missed: the exec websocket is "get", and from 1.35 "create", too.
             if match := _DENIED.search(message):
                 verb, resource = match.groups()
             return KubeForbiddenError(

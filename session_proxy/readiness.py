@@ -8,7 +8,7 @@ from session_proxy.errors import RefusedError
 from session_proxy.workspace import Workspace
 
 NEEDED = (("get", ""), ("watch", ""), ("get", "exec"), ("create", "exec"))
-"""Verbs on pods and pods/exec. The exec websocket is ``get`` up to Kubernetes 1.34 and ``create`` from 1.35."""
+"""Verbs on pods and pods/exec. The exec websocket is ``get``; from Kubernetes 1.35 it needs ``create``, too."""
 
 NEEDED_BY_SELECTOR = (*NEEDED[:1], ("list", ""), *NEEDED[1:])
 """The same for a workspace that is found by labels; a name needs no list."""

@@ -299,7 +299,12 @@ UP_OPTIONS: tuple[Option, ...] = (
     Option("--workspace-cpu", _cpu, "1", "CPU of the workspace, requested and limited"),
     Option("--workspace-memory", _bytes, "1Gi", "memory of the workspace, requested and limited"),
     Option("--workspace-storage", _bytes, "2Gi", "largest size of the emptyDir at /workspace"),
-    Option("--workspace-claim", _subdomain, None, "existing PersistentVolumeClaim for /workspace instead"),
+    Option(
+        "--workspace-claim",
+        _subdomain,
+        None,
+        "existing PersistentVolumeClaim for /workspace, no emptyDir then",
+    ),
     Option("--runtime-class", _subdomain, None, "RuntimeClass of the workspace, such as gvisor or kata"),
     Option("--node-name", _subdomain, None, "node for both pods (default: the scheduler's choice)"),
     Option("--image-pull-policy", _pull_policy, None, "Always, IfNotPresent or Never (default: Kubernetes' own)"),
@@ -369,7 +374,7 @@ def _settings(assignments: Sequence[str], problems: list[str]) -> dict[str, str]
         if not equals:
             problems.append(f"--set is {_shown(assignment)}; it must be SETTING=VALUE")
         elif name in SETTINGS_OF_UP:
-            problems.append(f"--set {name} is not possible; the manifests of the session decide it")
+            problems.append(f"--set {name} is not possible; the session's manifests decide it, or have no place for it")
         elif name.lower() not in Config.__dataclass_fields__ or name != name.upper():
             problems.append(
                 f"--set {_shown(name)} is no setting of session-proxy; `session-proxy serve --help` has all"
