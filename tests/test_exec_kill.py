@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import secrets
+import select
 import signal
 import socket
 import subprocess
@@ -245,6 +246,32 @@ async def test_sigterm_ends_with_shutdown_and_exit_status_zero(cluster: DevClust
         assert (events[-1]["outcome"], events[-1]["reaped"]) == ("shutdown", True)
         assert await asyncio.wait_for(process.wait(), 8) == 0
         assert await gone(mark, 0.1)
+
+
+async def test_the_drain_keeps_its_time_when_the_api_server_is_frozen(cluster: DevCluster, tmp_path: Path) -> None:
+    """Nothing can be reaped then, no websocket says goodbye, and the readers take nothing either."""
+    add_workspace(cluster)
+    drain, slack = 4.0, 0.5  # the interpreter's own end is not the daemon's to bound
+    async with daemon_process(cluster, tmp_path, DRAIN_SECONDS=str(drain)) as (process, url):
+        async with aiohttp.ClientSession() as http, contextlib.AsyncExitStack() as readers:
+            host, port = url.removeprefix("http://").split(":")
+            body = json.dumps({"command": ["cat", "/dev/zero"]})
+            for _ in range(3):
+                reader = readers.enter_context(socket.create_connection((host, int(port))))
+                head = f"POST /exec HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+                reader.sendall((head + body).encode())
+            async with asyncio.timeout(10):
+                execs: list[dict[str, Any]] = []
+                while len(execs) < 3 or any(record["stdoutBytes"] < 300_000 for record in execs):
+                    await asyncio.sleep(0.05)
+                    async with http.get(f"{url}/execs") as response:
+                        execs = (await response.json())["execs"]
+            ended = os.pidfd_open(process.pid)
+            readers.callback(os.close, ended)
+            process.send_signal(signal.SIGTERM)
+            # The API server runs in this thread: while it waits here, nothing is answered.
+            assert select.select([ended], [], [], drain + slack)[0]
+        assert await asyncio.wait_for(process.wait(), 5) == 0
 
 
 async def test_a_sigkilled_sidecar_leaves_no_process_of_the_commands_group(
