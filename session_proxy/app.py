@@ -142,17 +142,21 @@ def make_app(
     app[LOGGER] = logger
     app[DEADLINES] = ConnectionDeadlines()
     app[LARGE_BODIES] = Slots(executor.settings.max_concurrent)
-    app.router.add_post("/exec", _exec, expect_handler=_expect)
-    app.router.add_get("/execs", _execs, allow_head=False, expect_handler=_expect)
-    app.router.add_get("/execs/{id}", _show_exec, allow_head=False, expect_handler=_expect)
-    app.router.add_delete("/execs/{id}", _kill_exec, expect_handler=_expect)
-    app.router.add_get("/workspace", _workspace, allow_head=False, expect_handler=_expect)
-    app.router.add_get("/limits", _limits, allow_head=False, expect_handler=_expect)
-    app.router.add_get("/livez", _livez, allow_head=False, expect_handler=_expect)
-    app.router.add_get("/health", _livez, allow_head=False, expect_handler=_expect)
-    app.router.add_get("/readyz", _readyz, allow_head=False, expect_handler=_expect)
-    app.router.add_get("/metrics", _metrics, allow_head=False, expect_handler=_expect)
-    app.router.add_get("/openapi.json", _openapi, allow_head=False, expect_handler=_expect)
+    routes: tuple[tuple[str, str, Handler], ...] = (
+        ("POST", "/exec", _exec),
+        ("GET", "/execs", _execs),
+        ("GET", "/execs/{id}", _show_exec),
+        ("DELETE", "/execs/{id}", _kill_exec),
+        ("GET", "/workspace", _workspace),
+        ("GET", "/limits", _limits),
+        ("GET", "/livez", _livez),
+        ("GET", "/health", _livez),
+        ("GET", "/readyz", _readyz),
+        ("GET", "/metrics", _metrics),
+        ("GET", "/openapi.json", _openapi),
+    )
+    for method, path, handler in routes:
+        app.router.add_route(method, path, handler, expect_handler=_expect)
     return app
 
 

@@ -83,7 +83,7 @@ class Config:
     log_commands: bool
 
 
-class _InvalidError(ValueError):
+class InvalidValueError(ValueError):
     """Why a value is wrong, as the end of the sentence ``NAME must be ...``."""
 
 
@@ -99,33 +99,39 @@ _SELECTOR = re.compile(r"[A-Za-z0-9._/-]+(=|==|!=)[A-Za-z0-9._-]*|!?[A-Za-z0-9._
 
 def _label_value(text: str) -> str:
     if len(text) > MAX_LABEL_VALUE or not _LABEL_VALUE.fullmatch(text):
-        raise _InvalidError(
+        raise InvalidValueError(
             "a label value: at most 63 letters, digits, '-', '_' and '.', beginning and ending with one"
         )
     return text
 
 
-def _dns_label(text: str) -> str:
+def shown(text: str) -> str:
+    """Return a wrong value as an error repeats it, quoted and shortened."""
+    return repr(text if len(text) <= SHOWN_VALUE_CHARACTERS else text[:SHOWN_VALUE_CHARACTERS] + "…")
+
+
+def dns_label(text: str) -> str:
+    """Return the text when it is a DNS label (RFC 1123). Raises InvalidValueError."""
     if len(text) > MAX_LABEL_VALUE or not _DNS_LABEL.fullmatch(text):
-        raise _InvalidError("a DNS label: at most 63 lower-case letters, digits and '-'")
+        raise InvalidValueError("a DNS label: at most 63 lower-case letters, digits and '-'")
     return text
 
 
 def _pod_name(text: str) -> str:
     if len(text) > MAX_SUBDOMAIN or not _DNS_SUBDOMAIN.fullmatch(text):
-        raise _InvalidError("a pod's name: at most 253 lower-case letters, digits, '-' and '.'")
+        raise InvalidValueError("a pod's name: at most 253 lower-case letters, digits, '-' and '.'")
     return text
 
 
 def _selector(text: str) -> str:
     if not all(_SELECTOR.fullmatch(part.strip()) for part in text.split(",")):
-        raise _InvalidError("a label selector such as session=demo,type=workspace")
+        raise InvalidValueError("a label selector such as session=demo,type=workspace")
     return text
 
 
 def _uid(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9-]{1,128}", text, re.ASCII):
-        raise _InvalidError("an object's metadata.uid, such as 1f0e2c7a-7a7e-4d59-9f1b-0d6a0f1c2b3d")
+        raise InvalidValueError("an object's metadata.uid, such as 1f0e2c7a-7a7e-4d59-9f1b-0d6a0f1c2b3d")
     return text
 
 
@@ -136,7 +142,7 @@ def _number(low: float, high: float, *, above: bool = False) -> Callable[[str], 
         except ValueError:
             value = None
         if value is None or not low <= value <= high or (above and value == low):
-            raise _InvalidError(
+            raise InvalidValueError(
                 f"a number {'above' if above else 'from'} {low:g} {'and at most' if above else 'to'} {high:g}"
             )
         return value
@@ -148,7 +154,7 @@ def _integer(low: int, high: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         value = int(text) if re.fullmatch(r"[0-9]{1,15}", text, re.ASCII) else None
         if value is None or not low <= value <= high:
-            raise _InvalidError(f"a whole number from {low} to {high}")
+            raise InvalidValueError(f"a whole number from {low} to {high}")
         return value
 
     return parse
@@ -160,7 +166,7 @@ def _boolean(text: str) -> bool:
             return True
         case "false" | "0" | "no":
             return False
-    raise _InvalidError("true or false")
+    raise InvalidValueError("true or false")
 
 
 E = TypeVar("E", bound=StrEnum)
@@ -171,14 +177,14 @@ def _choice(kind: type[E]) -> Callable[[str], E]:
         try:
             return kind(text.lower())
         except ValueError:
-            raise _InvalidError("one of " + ", ".join(kind)) from None
+            raise InvalidValueError("one of " + ", ".join(kind)) from None
 
     return parse
 
 
 def _listen_addr(text: str) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
-    wrong = _InvalidError(
+    wrong = InvalidValueError(
         "a loopback address and port such as 127.0.0.1:8080, [::1]:8080 or :8080 (no other is listened on)"
     )
     if not colon or not re.fullmatch(r"[0-9]{1,5}", port, re.ASCII) or int(port) > 65_535:  # noqa: PLR2004
@@ -198,14 +204,14 @@ def _listen_addr(text: str) -> tuple[str, int]:
 
 def _absolute_path(text: str) -> str:
     if not text.startswith("/") or "\0" in text:
-        raise _InvalidError("an absolute path")
+        raise InvalidValueError("an absolute path")
     return text
 
 
 def _uids(text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch(r"[0-9]{1,10}", part, re.ASCII) for part in parts):
-        raise _InvalidError("numeric user ids, separated by commas")
+        raise InvalidValueError("numeric user ids, separated by commas")
     return tuple(int(part) for part in parts)
 
 
@@ -213,7 +219,7 @@ def _images(text: str) -> tuple[str, ...]:
     prefixes = tuple(part.strip() for part in text.split(",") if part.strip())
     for prefix in prefixes:
         if problem := validate_image_prefix(prefix):
-            raise _InvalidError(f"registry or repository prefixes, separated by commas ({problem})")
+            raise InvalidValueError(f"registry or repository prefixes, separated by commas ({problem})")
     return prefixes
 
 
@@ -242,7 +248,7 @@ _GIB = 1 << 30
 
 SETTINGS: tuple[Setting[Any], ...] = (
     Setting("SESSION_NAME", _label_value, None, "label value of this session (required)"),
-    Setting("NAMESPACE", _dns_label, None, "namespace of the workspace (default: the service account's own)"),
+    Setting("NAMESPACE", dns_label, None, "namespace of the workspace (default: the service account's own)"),
     Setting("LISTEN_ADDR", _listen_addr, "127.0.0.1:8080", "loopback address and port to listen on"),
     Setting("LISTEN_SOCKET", _absolute_path, None, "also listen on this Unix socket (mode 0660)"),
     Setting("LISTEN_SOCKET_UIDS", _uids, None, "user ids that may use the Unix socket (default: whoever can open it)"),
@@ -259,7 +265,7 @@ SETTINGS: tuple[Setting[Any], ...] = (
         "label selector of the workspace pod (default: session={SESSION_NAME},type=workspace)",
     ),
     Setting("WORKSPACE_POD", _pod_name, None, "name of the workspace pod, instead of a selector"),
-    Setting("WORKSPACE_CONTAINER", _dns_label, "workspace", "container to run commands in"),
+    Setting("WORKSPACE_CONTAINER", dns_label, "workspace", "container to run commands in"),
     Setting(
         "OWNER_MODE",
         _choice(OwnerMode),
@@ -301,9 +307,8 @@ def parse_config(values: Mapping[str, str]) -> Config:
             continue
         try:
             fields[setting.field] = setting.parse(text)
-        except _InvalidError as error:
-            shown = text if len(text) <= SHOWN_VALUE_CHARACTERS else text[:SHOWN_VALUE_CHARACTERS] + "…"
-            problems.append(f"{setting.variable} is {shown!r}; it must be {error}")
+        except InvalidValueError as error:
+            problems.append(f"{setting.variable} is {shown(text)}; it must be {error}")
     problems += _across(values, fields)
     if problems:
         raise ConfigError(problems)

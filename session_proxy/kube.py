@@ -199,10 +199,10 @@ async def _keep_refusal(
 
 async def _read_up_to(response: aiohttp.ClientResponse, limit: int) -> bytes:
     """Read the body, however many pieces it comes in, as far as the limit."""
-    data = b""
+    data = bytearray()
     while len(data) < limit and (more := await response.content.read(limit - len(data))):
         data += more
-    return data
+    return bytes(data)
 
 
 class KubeClient:
@@ -363,12 +363,10 @@ class KubeClient:
             server_hostname=self._tls_name,
             proxy=self._proxy,
         ) as response:
-            answer = bytearray()
-            while part := await response.content.readany():
-                answer += part
-                if len(answer) > MAX_RESPONSE_BYTES:
-                    raise KubeUnavailableError(f"the answer to {method} {path} is over {MAX_RESPONSE_BYTES} bytes")
-            return response.status, bytes(answer)
+            answer = await _read_up_to(response, MAX_RESPONSE_BYTES + 1)
+            if len(answer) > MAX_RESPONSE_BYTES:
+                raise KubeUnavailableError(f"the answer to {method} {path} is over {MAX_RESPONSE_BYTES} bytes")
+            return response.status, answer
 
     # --- exec -----------------------------------------------------------------------------------------------------
 
@@ -471,10 +469,7 @@ class KubeClient:
         timeout = aiohttp.ClientTimeout(total=REQUEST_SECONDS)
         async with self._request(method, path, query, verb, resource, timeout=timeout, body=body) as response:
             try:
-                data = await response.content.read(MAX_RESPONSE_BYTES)
-                while not response.content.at_eof() and len(data) < MAX_RESPONSE_BYTES:
-                    data += await response.content.read(MAX_RESPONSE_BYTES - len(data))
-                answer = json.loads(data)
+                answer = json.loads(await _read_up_to(response, MAX_RESPONSE_BYTES))
             except (aiohttp.ClientError, OSError) as error:
                 raise _unreachable(error) from None
             except TimeoutError:

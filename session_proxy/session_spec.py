@@ -11,7 +11,16 @@ from decimal import Decimal
 from enum import StrEnum
 from typing import Any
 
-from session_proxy.config import MAX_LABEL_VALUE, MAX_SUBDOMAIN, SHOWN_VALUE_CHARACTERS, Config, Wrapper, parse_config
+from session_proxy.config import (
+    MAX_LABEL_VALUE,
+    MAX_SUBDOMAIN,
+    Config,
+    InvalidValueError,
+    Wrapper,
+    dns_label,
+    parse_config,
+    shown,
+)
 from session_proxy.errors import ConfigError
 from session_proxy.policy import PolicySettings, evaluate, parse_image
 
@@ -138,10 +147,6 @@ class SessionSpec:
     wrapper: Wrapper
 
 
-class _InvalidError(ValueError):
-    """Why a value is wrong, as the end of the sentence ``--option is ...; it must be ...``."""
-
-
 # --- values -----------------------------------------------------------------------------------------------------------
 
 _LABEL = r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?"
@@ -181,7 +186,7 @@ def _quantity(least: Decimal, wanted: str) -> Callable[[str], str]:
         except ValueError:
             enough = False
         if not enough:
-            raise _InvalidError(wanted)
+            raise InvalidValueError(wanted)
         return text
 
     return parse
@@ -189,22 +194,16 @@ def _quantity(least: Decimal, wanted: str) -> Callable[[str], str]:
 
 def _name(text: str) -> SessionName:
     if len(text) > MAX_NAME or not _DNS_LABEL.fullmatch(text):
-        raise _InvalidError(
+        raise InvalidValueError(
             f"a DNS label: at most {MAX_NAME} lower-case letters, digits and '-', beginning and ending with a letter "
             "or digit"
         )
     return SessionName(text)
 
 
-def _dns_label(text: str) -> str:
-    if len(text) > MAX_LABEL_VALUE or not _DNS_LABEL.fullmatch(text):
-        raise _InvalidError(f"a DNS label: at most {MAX_LABEL_VALUE} lower-case letters, digits and '-'")
-    return text
-
-
 def _subdomain(text: str) -> str:
     if len(text) > MAX_SUBDOMAIN or not _DNS_SUBDOMAIN.fullmatch(text):
-        raise _InvalidError(
+        raise InvalidValueError(
             f"an object's name: at most {MAX_SUBDOMAIN} characters, DNS labels of lower-case letters, digits and '-' "
             "joined by '.'"
         )
@@ -215,7 +214,7 @@ def _image(text: str) -> str:
     try:
         parse_image(text)
     except ValueError as error:
-        raise _InvalidError(f"an image reference such as registry.example/team/image:1.2 ({error})") from None
+        raise InvalidValueError(f"an image reference such as registry.example/team/image:1.2 ({error})") from None
     return text
 
 
@@ -223,23 +222,23 @@ def _words(text: str) -> tuple[str, ...]:
     try:
         words = tuple(shlex.split(text))
     except ValueError as error:
-        raise _InvalidError(f"words, quoted as for a shell ({error})") from None
+        raise InvalidValueError(f"words, quoted as for a shell ({error})") from None
     if not words or not words[0]:
-        raise _InvalidError("words, quoted as for a shell, of which the first is the program")
+        raise InvalidValueError("words, quoted as for a shell, of which the first is the program")
     return words
 
 
 def _uid(text: str) -> int:
     uid = int(text) if re.fullmatch(r"[0-9]{1,10}", text, re.ASCII) else 0
     if not 0 < uid <= MAX_UID or uid == PROXY_UID:
-        raise _InvalidError(f"a numeric user id from 1 to {MAX_UID} other than the sidecar's {PROXY_UID}")
+        raise InvalidValueError(f"a numeric user id from 1 to {MAX_UID} other than the sidecar's {PROXY_UID}")
     return uid
 
 
 def _seconds(text: str) -> float:
     value = float(text) if re.fullmatch(r"[0-9]{1,5}(\.[0-9]+)?", text, re.ASCII) else 0.0
     if not 1 <= value <= 3600:  # noqa: PLR2004
-        raise _InvalidError("a number of seconds from 1 to 3600")
+        raise InvalidValueError("a number of seconds from 1 to 3600")
     return value
 
 
@@ -247,12 +246,12 @@ def _sidecar(text: str) -> Sidecar:
     try:
         return Sidecar(text)
     except ValueError:
-        raise _InvalidError("native, or container for Kubernetes before 1.29") from None
+        raise InvalidValueError("native, or container for Kubernetes before 1.29") from None
 
 
 def _pull_policy(text: str) -> str:
     if text not in ("Always", "IfNotPresent", "Never"):
-        raise _InvalidError("Always, IfNotPresent or Never")
+        raise InvalidValueError("Always, IfNotPresent or Never")
     return text
 
 
@@ -282,7 +281,7 @@ _cpu = _quantity(LEAST_CPU, "a quantity of CPU, at least 1m, such as 500m or 2")
 _bytes = _quantity(LEAST_MEMORY, "a quantity of bytes, at least 4Mi, such as 512Mi or 2Gi")
 
 NAME = Option("NAME", _name, None, f"name of the session, at most {MAX_NAME} characters", required=True)
-NAMESPACE = Option("--namespace", _dns_label, None, "namespace (default: the kubeconfig's current one)")
+NAMESPACE = Option("--namespace", dns_label, None, "namespace (default: the kubeconfig's current one)")
 TIMEOUT = Option("--timeout", _seconds, "120", "seconds for everything to be ready (down: to be gone)")
 
 UP_OPTIONS: tuple[Option, ...] = (
@@ -348,10 +347,6 @@ def parse_spec(values: Mapping[str, Any]) -> SessionSpec:
     return spec
 
 
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= SHOWN_VALUE_CHARACTERS else text[:SHOWN_VALUE_CHARACTERS] + "…")
-
-
 def _read(options: Sequence[Option], values: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for option in options:
@@ -360,8 +355,8 @@ def _read(options: Sequence[Option], values: Mapping[str, Any], problems: list[s
         if text is not None:
             try:
                 fields[option.field] = option.parse(text)
-            except _InvalidError as error:
-                problems.append(f"{option.flag} is {_shown(text)}; it must be {error}")
+            except InvalidValueError as error:
+                problems.append(f"{option.flag} is {shown(text)}; it must be {error}")
         elif option.required:
             problems.append(f"{option.flag} is not given; it must be the {option.help}")
     return fields
@@ -372,13 +367,11 @@ def _settings(assignments: Sequence[str], problems: list[str]) -> dict[str, str]
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
         if not equals:
-            problems.append(f"--set is {_shown(assignment)}; it must be SETTING=VALUE")
+            problems.append(f"--set is {shown(assignment)}; it must be SETTING=VALUE")
         elif name in SETTINGS_OF_UP:
             problems.append(f"--set {name} is not possible; the session's manifests decide it, or have no place for it")
         elif name.lower() not in Config.__dataclass_fields__ or name != name.upper():
-            problems.append(
-                f"--set {_shown(name)} is no setting of session-proxy; `session-proxy serve --help` has all"
-            )
+            problems.append(f"--set {shown(name)} is no setting of session-proxy; `session-proxy serve --help` has all")
         else:
             settings[name] = value
     return settings
